@@ -1,0 +1,135 @@
+"""Dense 3D convolution: its case, inputs and costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidkernels.op import Case, Inputs, Op, dtype_name, memory_format_name
+from vidkernels.shapes import Triple, conv_macs, conv_sizes, tensor_bytes, triple
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conv3dCase(Case):
+    """Sizes of one 3D convolution. An integer stands for three equal sizes (T, H, W)."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    clip_length: int = 16
+    height: int = 56
+    width: int = 56
+    kernel_size: Triple = (3, 3, 3)
+    stride: Triple = (1, 1, 1)
+    padding: Triple | None = None
+    """None keeps T, H and W at stride 1, for odd kernels."""
+    dilation: Triple = (1, 1, 1)
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("kernel_size", "stride", "dilation"):
+            object.__setattr__(self, name, triple(getattr(self, name), name))
+        if self.padding is None:
+            t, h, w = (d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            object.__setattr__(self, "padding", (t, h, w))
+        else:
+            object.__setattr__(self, "padding", triple(self.padding, "padding"))
+        conv_sizes(self.sizes, self.kernel_size, self.stride, self.pad, self.dilation)
+
+    @property
+    def sizes(self) -> Triple:
+        """(T, H, W) of the input."""
+        return self.clip_length, self.height, self.width
+
+    @property
+    def pad(self) -> Triple:
+        """Zeros at either end of (T, H, W), never None."""
+        assert self.padding is not None  # set in __post_init__
+        return self.padding
+
+    @property
+    def x_shape(self) -> tuple[int, ...]:
+        """(N, C_in, T, H, W)."""
+        return (self.batch_size, self.in_channels, *self.sizes)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(C_out, C_in, kT, kH, kW)."""
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """(N, C_out, T', H', W')."""
+        out = conv_sizes(self.sizes, self.kernel_size, self.stride, self.pad, self.dilation)
+        return (self.batch_size, self.out_channels, *out)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the forward pass."""
+        n, c, t, h, w = self.y_shape
+        k_t, k_h, k_w = self.kernel_size
+        return conv_macs(n * c * t * h * w, self.weight_shape[1], k_t * k_h * k_w)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Compulsory bytes of the forward pass."""
+        bias = (self.out_channels,) if self.bias else (0,)
+        return tensor_bytes(self.dtype, self.x_shape, self.weight_shape, bias, self.y_shape)
+
+
+def make_conv_inputs(case: Conv3dCase, generator: torch.Generator) -> Inputs:
+    """x of unit variance, and weights that keep it: std 1/√(taps · C_in per group)."""
+    x = torch.randn(case.x_shape, generator=generator)
+    weight = torch.randn(case.weight_shape, generator=generator)
+    weight /= weight[0].numel() ** 0.5
+    bias = torch.randn(case.out_channels, generator=generator) if case.bias else None
+    return Inputs((x, weight, bias), {"stride": case.stride, "padding": case.pad, "dilation": case.dilation})
+
+
+def case_of(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Triple = 1,
+    padding: int | Triple = 0,
+    dilation: int | Triple = 1,
+) -> Conv3dCase:
+    """The case of a call.
+
+    Raises:
+        ValueError: Ranks or channels that do not fit.
+    """
+    if x.dim() != 5 or weight.dim() != 5:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have 5 dimensions")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[1]} channels and weight takes {weight.shape[1]}")
+    n, c, t, h, w = x.shape
+    return Conv3dCase(
+        batch_size=n,
+        dtype=dtype_name(x),
+        memory_format=memory_format_name(x),
+        training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+        in_channels=c,
+        out_channels=weight.shape[0],
+        clip_length=t,
+        height=h,
+        width=w,
+        kernel_size=triple(weight.shape[2:], "kernel_size"),
+        stride=triple(stride, "stride"),
+        padding=triple(padding, "padding"),
+        dilation=triple(dilation, "dilation"),
+        bias=bias is not None,
+    )
+
+
+OP = Op(
+    name="conv3d",
+    case_type=Conv3dCase,
+    case_of=case_of,
+    make_inputs=make_conv_inputs,
+    macs=lambda case: case.macs,
+    bytes_moved=lambda case: case.bytes_moved,
+)

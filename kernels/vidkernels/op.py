@@ -1,0 +1,300 @@
+"""Op, Implementation, Tolerance: the registry of kernels, and why one of them cannot run a case."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""Arithmetic by name. tf32 stores float32; whether products are rounded is a switch of the backend."""
+
+MEMORY_FORMATS = ("contiguous", "channels_last")
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+class Unavailable(RuntimeError):
+    """An implementation that cannot run here, with the reason and those that can."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest relative Frobenius errors against float64 that pass."""
+
+    forward: float
+    """Outputs and the input's gradient."""
+    weight_gradient: float
+    """Gradients of weights, which sum over all positions; twice the library's own error passes as well."""
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp64": Tolerance(1e-12, 1e-11),
+    "fp32": Tolerance(2e-6, 2e-5),
+    "tf32": Tolerance(1.2e-3, 1.2e-3),
+    "fp16": Tolerance(1e-3, 1e-3),
+    "bf16": Tolerance(5e-3, 5e-3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What every case has. An op's own case adds its sizes and checks them."""
+
+    batch_size: int = 1
+    dtype: str = "fp32"
+    memory_format: str = "contiguous"
+    training: bool = False
+    """Gradients are wanted, and batch statistics and dropout are those of training."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.memory_format not in MEMORY_FORMATS:
+            raise ValueError(f"memory_format={self.memory_format!r} is not one of {', '.join(MEMORY_FORMATS)}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one call: `args` hold tensors, None, or named tuples of tensors; `args[0]` is the activation."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with every tensor changed."""
+        return Inputs(tuple(_map(change, arg) for arg in self.args), self.kwargs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor among the arguments, in order."""
+        return tensors_of(self.args)
+
+
+def _map(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = (_map(change, part) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def tensors_of(value: Any) -> tuple[Tensor, ...]:
+    """The tensors in nested tuples, in order."""
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, tuple):
+        return tuple(tensor for part in value for tensor in tensors_of(part))
+    return ()
+
+
+def _needs_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "needs a CUDA device"
+
+
+def _needs_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton (pip install triton)"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return "needs a CUDA device, or TRITON_INTERPRET=1 to run in Triton's interpreter"
+
+
+def _needs_cuda_core(device: torch.device) -> str | None:
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "needs cuda-core (pip install vidbench[gpu])"
+    return _needs_cuda(device)
+
+
+def _needs_compiler(device: torch.device) -> str | None:
+    """torch.compile writes C++ for a CPU, Triton for a GPU."""
+    if device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "needs triton (pip install triton)"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"needs a C++ compiler: {compiler} is not on PATH"
+
+
+REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
+    "cuda": _needs_cuda,
+    "triton": _needs_triton,
+    "cuda_core": _needs_cuda_core,
+    "compiler": _needs_compiler,
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    name: str
+    fn: Callable[..., Any]
+    requires: tuple[str, ...] = ()
+    """Names from `REQUIREMENTS`."""
+    limits: Callable[[Any], str | None] | None = None
+    """Tells why a case is beyond it."""
+    step: Callable[..., Any] | None = None
+    """One frame with carried state: (x_t, *weights, state=None, **parameters) → (y_t, state)."""
+
+    def why_not(self, case: Case, device: torch.device | str) -> str | None:
+        """The first reason why this cannot run the case on the device; None when it can."""
+        device = torch.device(device)
+        for need in self.requires:
+            if why := REQUIREMENTS[need](device):
+                return why
+        return self.limits(case) if self.limits else None
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation: what its cases are, what they cost, how exact they must be, and who computes them."""
+
+    name: str
+    case_type: type[Case]
+    case_of: Callable[..., Case]
+    """The case of a call: same arguments as an implementation."""
+    make_inputs: Callable[[Any, torch.Generator], Inputs]
+    """(case, generator) → float32 CPU inputs of seeded noise, before dtype, layout and device."""
+    macs: Callable[[Any], int]
+    """Multiply-adds of the forward pass."""
+    bytes_moved: Callable[[Any], int]
+    """Compulsory bytes of the forward pass: every input read once, every output written once."""
+    tolerances: Mapping[str, Tolerance] = field(default_factory=lambda: TOLERANCES)
+    has_border: bool = True
+    """Outputs are (N, C, positions…) with positions that padding touches."""
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def implementation(
+        self,
+        name: str,
+        *,
+        requires: tuple[str, ...] = (),
+        limits: Callable[[Any], str | None] | None = None,
+        step: Callable[..., Any] | None = None,
+    ) -> Callable[[Fn], Fn]:
+        """Registers the decorated function under a name."""
+
+        def register(fn: Fn) -> Fn:
+            if name in self.implementations:
+                raise ValueError(f"{self.name} has an implementation {name!r} already")
+            self.implementations[name] = Implementation(name, fn, requires, limits, step)
+            return fn
+
+        return register
+
+    def case(self, values: Mapping[str, Any], **common: Any) -> Case:
+        """A case from a plain mapping.
+
+        Raises:
+            ValueError: A key that the op does not have (the nearest is named), or sizes that do not fit.
+        """
+        known = {f.name for f in fields(self.case_type)}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"{self.name} has no {key!r}: {hint}it has {', '.join(sorted(known))}")
+        return self.case_type(**{**values, **common})
+
+    def inputs(self, case: Case, *, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
+        """Seeded inputs of a case, in its dtype and layout: the same values on every device."""
+        made = self.make_inputs(case, torch.Generator().manual_seed(seed))
+        dtype = DTYPES[case.dtype]
+        channels_last = case.memory_format == "channels_last"
+
+        def place(tensor: Tensor) -> Tensor:
+            tensor = tensor.to(device=device, dtype=dtype)
+            if channels_last and tensor.dim() == 5:
+                return tensor.contiguous(memory_format=torch.channels_last_3d)
+            return tensor.contiguous()
+
+        return made.map(place)
+
+    def __getitem__(self, name: str) -> Implementation:
+        """An implementation by name.
+
+        Raises:
+            ValueError: No such name; the nearest is named.
+        """
+        if name not in self.implementations:
+            near = difflib.get_close_matches(name, self.implementations, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{self.name} has no implementation {name!r}: {hint}known: {', '.join(self.implementations)}")
+        return self.implementations[name]
+
+    def __call__(self, *args: Any, implementation: str, **kwargs: Any) -> Any:
+        """Runs one implementation.
+
+        Raises:
+            Unavailable: It cannot run this case here; those that can are named. Nothing is put in its place.
+        """
+        chosen = self[implementation]
+        if chosen.requires or chosen.limits:
+            case, device = self.case_of(*args, **kwargs), args[0].device
+            if why := chosen.why_not(case, device):
+                usable = [i.name for i in self.implementations.values() if i.why_not(case, device) is None]
+                raise Unavailable(f"{self.name}/{implementation}: {why}; available: {', '.join(usable)}")
+        return chosen.fn(*args, **kwargs)
+
+
+def widened(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` with 16-bit arguments widened to float32 and its results rounded back once, as a kernel's accumulator does."""
+
+    @wraps(fn)
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return fn(x, *args, **kwargs)
+        narrow = x.dtype
+
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.float() if tensor.dtype is narrow else tensor
+
+        x, args = widen(x), _map(widen, args)
+        result = fn(x, *args, **{name: _map(widen, value) for name, value in kwargs.items()})
+        return _map(lambda tensor: tensor.to(narrow), result)
+
+    return call
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` of a whole function for fixed shapes, created when first called."""
+
+    @cache
+    def compile_once() -> Callable[..., Any]:
+        return torch.compile(fn, fullgraph=True, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compile_once()(*args, **kwargs)
+
+    return call
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The name in `DTYPES` of a tensor's dtype; float32 is tf32 where the backend rounds products."""
+    if tensor.dtype is torch.float32 and tensor.is_cuda and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    for name, dtype in DTYPES.items():
+        if dtype is tensor.dtype:
+            return name
+    raise ValueError(f"dtype {tensor.dtype} is not one of {', '.join(DTYPES)}")
+
+
+def memory_format_name(tensor: Tensor) -> str:
+    """`channels_last` for a 5-D tensor that is laid out so and not contiguous as well."""
+    if tensor.dim() == 5 and not tensor.is_contiguous():
+        if tensor.is_contiguous(memory_format=torch.channels_last_3d):
+            return "channels_last"
+    return "contiguous"
