@@ -12,7 +12,7 @@ Value = int | float | str | bool | tuple[int, ...]
 """What a case may hold: everything that JSON can say without nesting beyond one tuple of integers."""
 
 Kind = Literal["op", "model", "stage", "task"]
-"""op: a kernel; model: a whole network; stage: a step of the video pipeline; task: a training that yields an accuracy."""
+"""op: a kernel; model: a network; stage: a step of the video pipeline; task: a training that yields an accuracy."""
 
 MODES = ("forward", "train", "stream", "evaluate")
 REGIMES = ("hot", "cold", "graph")
@@ -39,7 +39,7 @@ class Axis:
 
     name: str
     values: Literal["integer", "count", "number", "sizes", "flag", "word"]
-    """integer: ≥ 1; count: ≥ 0; number: > 0; sizes: an integer or AxBxC, each ≥ 1 (≥ 0 for padding); word: one of `words`."""
+    """integer: ≥ 1; count: ≥ 0; number: > 0; sizes: n or AxBxC, each ≥ 1 (padding: ≥ 0); word: one of `words`."""
     meaning: str
     words: tuple[str, ...] = ()
 
