@@ -92,6 +92,8 @@ class Measurement:
     """Seconds per call: device time on a device, else host time. In `stream` mode per frame."""
     host_samples_s: Sequence[float] = ()
     """Host seconds per call, where device time was taken as well."""
+    calls_per_sample: int = 1
+    """Calls that one sample is the mean of: very short calls are timed several at a time."""
     cold_start_s: float | None = None
     """The first call, with compilation and autotuning."""
     stop: str = ""

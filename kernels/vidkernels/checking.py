@@ -74,22 +74,35 @@ def border(tensor: Tensor) -> Tensor:
     return tensor[:, :, edge]
 
 
-def run(fn: Callable[..., Any], inputs: Inputs, *, gradients: bool = False, noise_dtype: torch.dtype | None = None) -> Results:
+def run(
+    fn: Callable[..., Any], inputs: Inputs, *, gradients: bool = False, noise_dtype: torch.dtype | None = None
+) -> Results:
     """Calls `fn`; with `gradients`, also differentiates Σ outputs · noise by every floating tensor.
 
     The noise is seeded, drawn on the CPU and rounded to `noise_dtype` (None: the outputs'), so that every
-    implementation of a case, and its float64 reference, gets the same.
+    implementation of a case, and its float64 reference, gets the same. The inputs are copied, strides and all:
+    batch norm updates its running statistics in place.
     """
     if not gradients:
         with torch.no_grad():
-            return Results(tensors_of(fn(*inputs.args, **inputs.kwargs)))
-    leaves = inputs.map(lambda tensor: tensor.detach().clone().requires_grad_(tensor.is_floating_point()))
+            copies = inputs.map(_copy)
+            return Results(tensors_of(fn(*copies.args, **copies.kwargs)))
+    leaves = inputs.map(lambda tensor: _copy(tensor).requires_grad_(tensor.is_floating_point()))
     outputs = tensors_of(fn(*leaves.args, **leaves.kwargs))
     generator = torch.Generator().manual_seed(1)
     noise = [torch.randn(out.shape, generator=generator).to(noise_dtype or out.dtype).to(out) for out in outputs]
     wanted = [tensor for tensor in leaves.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(outputs, wanted, noise, allow_unused=True)
     return Results(tuple(output.detach() for output in outputs), tuple(grads))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, gaps included; where elements overlap, the tensor itself."""
+    tensor = tensor.detach()
+    if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return tensor
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
 
 
 def oracle(op: Op, case: Case, inputs: Inputs, *, gradients: bool = False) -> Results:
@@ -126,7 +139,11 @@ def _worst(errors: Iterable[float]) -> float:
 
 
 def check(op: Op, name: str, case: Case, *, device: torch.device | str = "cpu", seed: int = 0) -> Errors:
-    """The errors of one implementation on fresh inputs of a case, gradients included where the case trains."""
+    """The errors of one implementation on fresh inputs of a case, gradients included where the case trains.
+
+    Dropout is left out: no two implementations draw the same.
+    """
+    case = case.without_randomness()
     inputs = op.inputs(case, seed=seed, device=device)
     want = oracle(op, case, inputs, gradients=case.training)
     return compare(op, run(op[name].fn, inputs, gradients=case.training), want)

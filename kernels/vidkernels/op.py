@@ -9,10 +9,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from vidkernels.shapes import Shape
 
 DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -66,6 +69,17 @@ class Case:
             raise ValueError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.memory_format not in MEMORY_FORMATS:
             raise ValueError(f"memory_format={self.memory_format!r} is not one of {', '.join(MEMORY_FORMATS)}")
+        self._at_least(0, "batch_size")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is not an integer of at least {least}")
+
+    def without_randomness(self) -> Case:
+        """The case to check against float64: as this one, less what two runs draw differently."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -102,12 +116,28 @@ def tensors_of(value: Any) -> tuple[Tensor, ...]:
     return ()
 
 
+def wants_gradients(*values: Any) -> bool:
+    """A gradient of some tensor among these would be recorded."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors_of(values))
+
+
+@cache
+def _installed(module: str) -> bool:
+    parent = module.rpartition(".")[0]
+    return (not parent or _installed(parent)) and importlib.util.find_spec(module) is not None
+
+
+@cache
+def _on_path(program: str, path: str | None) -> bool:
+    return shutil.which(program, path=path) is not None
+
+
 def _needs_cuda(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "needs a CUDA device"
 
 
 def _needs_triton(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed("triton"):
         return "needs triton (pip install triton)"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
@@ -115,7 +145,7 @@ def _needs_triton(device: torch.device) -> str | None:
 
 
 def _needs_cuda_core(device: torch.device) -> str | None:
-    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+    if not _installed("cuda.core"):
         return "needs cuda-core (pip install vidbench[gpu])"
     return _needs_cuda(device)
 
@@ -123,9 +153,10 @@ def _needs_cuda_core(device: torch.device) -> str | None:
 def _needs_compiler(device: torch.device) -> str | None:
     """torch.compile writes C++ for a CPU, Triton for a GPU."""
     if device.type == "cuda":
-        return None if importlib.util.find_spec("triton") else "needs triton (pip install triton)"
+        return None if _installed("triton") else "needs triton (pip install triton)"
     compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler: {compiler} is not on PATH"
+    found = _on_path(compiler, os.environ.get("PATH"))
+    return None if found else f"needs a C++ compiler: {compiler} is not on PATH"
 
 
 REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
@@ -152,6 +183,8 @@ class Implementation:
     def why_not(self, case: Case, device: torch.device | str) -> str | None:
         """The first reason why this cannot run the case on the device; None when it can."""
         device = torch.device(device)
+        if case.dtype == "tf32" and device.type != "cuda":
+            return f"tf32 is an arithmetic of CUDA devices, not of {device.type}"
         for need in self.requires:
             if why := REQUIREMENTS[need](device):
                 return why
@@ -221,7 +254,13 @@ class Op:
                 return tensor.contiguous(memory_format=torch.channels_last_3d)
             return tensor.contiguous()
 
-        return made.map(place)
+        placed = made.map(place)
+        x = placed.args[0]
+        if channels_last and x.dim() == 3:
+            # (N, C, T) stored as (N, T, C); filters stay as they are.
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+            return Inputs((x, *placed.args[1:]), placed.kwargs)
+        return placed
 
     def __getitem__(self, name: str) -> Implementation:
         """An implementation by name.
@@ -232,54 +271,94 @@ class Op:
         if name not in self.implementations:
             near = difflib.get_close_matches(name, self.implementations, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{self.name} has no implementation {name!r}: {hint}known: {', '.join(self.implementations)}")
+            known = ", ".join(self.implementations)
+            raise ValueError(f"{self.name} has no implementation {name!r}: {hint}known: {known}")
         return self.implementations[name]
 
     def __call__(self, *args: Any, implementation: str, **kwargs: Any) -> Any:
         """Runs one implementation.
 
         Raises:
+            ValueError: Arguments that do not fit together.
             Unavailable: It cannot run this case here; those that can are named. Nothing is put in its place.
         """
         chosen = self[implementation]
-        if chosen.requires or chosen.limits:
-            case, device = self.case_of(*args, **kwargs), args[0].device
-            if why := chosen.why_not(case, device):
-                usable = [i.name for i in self.implementations.values() if i.why_not(case, device) is None]
-                raise Unavailable(f"{self.name}/{implementation}: {why}; available: {', '.join(usable)}")
+        if torch.compiler.is_compiling():
+            # The graph has been checked by the eager call that it stands for, or will fail in the kernel itself.
+            return chosen.fn(*args, **kwargs)
+        case, device = self.case_of(*args, **kwargs), args[0].device
+        if why := chosen.why_not(case, device):
+            usable = [i.name for i in self.implementations.values() if i.why_not(case, device) is None]
+            raise Unavailable(f"{self.name}/{implementation}: {why}; available: {', '.join(usable) or 'none'}")
         return chosen.fn(*args, **kwargs)
 
 
-def widened(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` with 16-bit arguments widened to float32 and its results rounded back once, as a kernel's accumulator does."""
+def wide(tensor: Tensor) -> Tensor:
+    """float32 of a 16-bit tensor; any other as it is."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def widened(fn: Fn) -> Fn:
+    """`fn` with 16-bit arguments widened to float32 and its results rounded back once, as an accumulator does."""
 
     @wraps(fn)
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if x.dtype not in (torch.float16, torch.bfloat16):
+        if wide(x) is x:
             return fn(x, *args, **kwargs)
-        narrow = x.dtype
+        result = fn(wide(x), *_map(wide, args), **{name: _map(wide, value) for name, value in kwargs.items()})
+        return _map(lambda tensor: tensor.to(x.dtype), result)
 
-        def widen(tensor: Tensor) -> Tensor:
-            return tensor.float() if tensor.dtype is narrow else tensor
-
-        x, args = widen(x), _map(widen, args)
-        result = fn(x, *args, **{name: _map(widen, value) for name, value in kwargs.items()})
-        return _map(lambda tensor: tensor.to(narrow), result)
-
-    return call
+    return call  # type: ignore[return-value]
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` of a whole function for fixed shapes, created when first called."""
+def compiled(fn: Fn) -> Fn:
+    """`torch.compile` of a whole function for fixed shapes, once per signature of its tensors and parameters.
 
-    @cache
-    def compile_once() -> Callable[..., Any]:
-        return torch.compile(fn, fullgraph=True, dynamic=False)
+    Every signature compiles a copy of the function: torch counts recompilations by code object and refuses after
+    a few, and a sweep has more cases than that.
+    """
+    made: dict[Any, Callable[..., Any]] = {}
 
+    @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return compile_once()(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        key = (torch.is_grad_enabled(), _signature(args), _signature(tuple(sorted(kwargs.items()))))
+        if key not in made:
+            made[key] = torch.compile(_copy(fn, f"{fn.__name__}_{len(made)}"), fullgraph=True, dynamic=False)
+        return made[key](*args, **kwargs)
 
-    return call
+    return call  # type: ignore[return-value]
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+    if isinstance(value, tuple):
+        return tuple(_signature(part) for part in value)
+    return repr(value)
+
+
+def _copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function with a code object of its own."""
+    assert isinstance(fn, FunctionType)
+    copy = FunctionType(fn.__code__.replace(co_name=name), fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    return copy
+
+
+def check_tensor(name: str, tensor: Any, shape: str | Shape) -> None:
+    """That a tensor has the axes of "N C T", or exactly the sizes given.
+
+    Raises:
+        ValueError: It has not; or is no tensor.
+    """
+    wanted = tuple(shape.split()) if isinstance(shape, str) else tuple(shape)
+    text = f"({', '.join(map(str, wanted))}{',' if len(wanted) == 1 else ''})"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor {text}, not {type(tensor).__name__}")
+    if tensor.dim() != len(wanted) or (not isinstance(shape, str) and tuple(tensor.shape) != wanted):
+        raise ValueError(f"{name} must be {text}, not of shape {tuple(tensor.shape)}")
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -293,8 +372,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def memory_format_name(tensor: Tensor) -> str:
-    """`channels_last` for a 5-D tensor that is laid out so and not contiguous as well."""
-    if tensor.dim() == 5 and not tensor.is_contiguous():
-        if tensor.is_contiguous(memory_format=torch.channels_last_3d):
-            return "channels_last"
-    return "contiguous"
+    """`channels_last` for (N, C, positions…) that is laid out so and not contiguous as well."""
+    if tensor.is_contiguous():
+        return "contiguous"
+    return "channels_last" if tensor.movedim(1, -1).is_contiguous() else "contiguous"

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidkernels.op import Case, Inputs, Op, dtype_name, memory_format_name
-from vidkernels.shapes import Triple, conv_macs, conv_sizes, tensor_bytes, triple
+from vidkernels.op import Case, Inputs, Op, check_tensor, dtype_name, memory_format_name, wants_gradients
+from vidkernels.shapes import Shape, Triple, conv_macs, conv_sizes, tensor_bytes, triple
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conv3dCase(Case):
-    """Sizes of one 3D convolution. An integer stands for three equal sizes (T, H, W)."""
+class ConvolutionCase(Case):
+    """Sizes of a 3D convolution, but for its filters. An integer stands for three equal sizes (T, H, W)."""
 
     in_channels: int = 64
-    out_channels: int = 64
     clip_length: int = 16
     height: int = 56
     width: int = 56
@@ -29,13 +28,14 @@ class Conv3dCase(Case):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least(1, "in_channels", "clip_length", "height", "width")
         for name in ("kernel_size", "stride", "dilation"):
-            object.__setattr__(self, name, triple(getattr(self, name), name))
+            object.__setattr__(self, name, positive_triple(getattr(self, name), name))
         if self.padding is None:
-            t, h, w = (d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
-            object.__setattr__(self, "padding", (t, h, w))
+            same = (d * (k - 1) // 2 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+            object.__setattr__(self, "padding", triple(same, "padding"))
         else:
-            object.__setattr__(self, "padding", triple(self.padding, "padding"))
+            object.__setattr__(self, "padding", positive_triple(self.padding, "padding", least=0))
         conv_sizes(self.sizes, self.kernel_size, self.stride, self.pad, self.dilation)
 
     @property
@@ -50,20 +50,20 @@ class Conv3dCase(Case):
         return self.padding
 
     @property
-    def x_shape(self) -> tuple[int, ...]:
+    def x_shape(self) -> Shape:
         """(N, C_in, T, H, W)."""
         return (self.batch_size, self.in_channels, *self.sizes)
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(C_out, C_in, kT, kH, kW)."""
-        return (self.out_channels, self.in_channels, *self.kernel_size)
+    def weight_shape(self) -> Shape:
+        """(C_out, C_in per group, kT, kH, kW)."""
+        raise NotImplementedError
 
     @property
-    def y_shape(self) -> tuple[int, ...]:
+    def y_shape(self) -> Shape:
         """(N, C_out, T', H', W')."""
         out = conv_sizes(self.sizes, self.kernel_size, self.stride, self.pad, self.dilation)
-        return (self.batch_size, self.out_channels, *out)
+        return (self.batch_size, self.weight_shape[0], *out)
 
     @property
     def macs(self) -> int:
@@ -75,16 +75,44 @@ class Conv3dCase(Case):
     @property
     def bytes_moved(self) -> int:
         """Compulsory bytes of the forward pass."""
-        bias = (self.out_channels,) if self.bias else (0,)
+        bias = (self.weight_shape[0],) if self.bias else (0,)
         return tensor_bytes(self.dtype, self.x_shape, self.weight_shape, bias, self.y_shape)
 
 
-def make_conv_inputs(case: Conv3dCase, generator: torch.Generator) -> Inputs:
+@dataclass(frozen=True, kw_only=True)
+class Conv3dCase(ConvolutionCase):
+    """Sizes of one dense 3D convolution. An integer stands for three equal sizes (T, H, W)."""
+
+    out_channels: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least(1, "out_channels")
+
+    @property
+    def weight_shape(self) -> Shape:
+        """(C_out, C_in, kT, kH, kW)."""
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+
+def positive_triple(value: int | Triple, name: str, least: int = 1) -> Triple:
+    """`triple` of sizes that are at least `least`.
+
+    Raises:
+        ValueError: One is not.
+    """
+    sizes = triple(value, name)
+    if min(sizes) < least:
+        raise ValueError(f"{name}={value!r} must be at least {least} along T, H and W")
+    return sizes
+
+
+def make_conv_inputs(case: ConvolutionCase, generator: torch.Generator) -> Inputs:
     """x of unit variance, and weights that keep it: std 1/√(taps · C_in per group)."""
     x = torch.randn(case.x_shape, generator=generator)
     weight = torch.randn(case.weight_shape, generator=generator)
     weight /= weight[0].numel() ** 0.5
-    bias = torch.randn(case.out_channels, generator=generator) if case.bias else None
+    bias = torch.randn(case.weight_shape[0], generator=generator) if case.bias else None
     return Inputs((x, weight, bias), {"stride": case.stride, "padding": case.pad, "dilation": case.dilation})
 
 
@@ -100,18 +128,20 @@ def case_of(
     """The case of a call.
 
     Raises:
-        ValueError: Ranks or channels that do not fit.
+        ValueError: Ranks, channels or sizes that do not fit.
     """
-    if x.dim() != 5 or weight.dim() != 5:
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} must have 5 dimensions")
+    check_tensor("x", x, "N C_in T H W")
+    check_tensor("weight", weight, "C_out C_in kT kH kW")
     if x.shape[1] != weight.shape[1]:
         raise ValueError(f"x has {x.shape[1]} channels and weight takes {weight.shape[1]}")
+    if bias is not None:
+        check_tensor("bias", bias, (weight.shape[0],))
     n, c, t, h, w = x.shape
     return Conv3dCase(
         batch_size=n,
         dtype=dtype_name(x),
         memory_format=memory_format_name(x),
-        training=torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad),
+        training=wants_gradients(x, weight, bias),
         in_channels=c,
         out_channels=weight.shape[0],
         clip_length=t,

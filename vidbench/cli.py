@@ -1,0 +1,347 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+import vidbench
+from vidbench.sweep import AXES, RequestError, Value, parse_axes
+
+if TYPE_CHECKING:
+    from vidbench.engine import Progress
+    from vidbench.records import Measurement
+
+app = typer.Typer(
+    name="vidbench",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which architecture and which kernel for this clip length, batch size and machine? "
+    "Measures video classification models and their kernels, with numbers that can be trusted.",
+)
+
+
+class Format(StrEnum):
+    """How a listing is printed."""
+
+    text = "text"
+    json = "json"
+
+
+class Topic(StrEnum):
+    """What can be listed."""
+
+    suites = "suites"
+    ops = "ops"
+    implementations = "implementations"
+    models = "models"
+    tasks = "tasks"
+    axes = "axes"
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"vidbench {vidbench.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sweep(
+    suite: Annotated[str, typer.Argument(help="A suite: quick, conv3d, conv2plus1d, depthwise, temporal, models, full.")],
+    axis: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, such as clip_length=8,16. `vidbench list axes`."),
+    ] = None,
+    implementation: Annotated[str | None, typer.Option(help="Only these, such as library,compiled.")] = None,
+    mode: Annotated[str | None, typer.Option(help="forward, train, stream; several with commas.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, fp16, bf16; several with commas.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A model instead of the suite's own; package.module:factory measures yours."),
+    ] = None,
+    video: Annotated[
+        Path | None, typer.Option("--input", metavar="VIDEO", help="Take the models' clips from a video file.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Fresh processes that each take every point once; default: the suite's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<utc>-<suite>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Do only what the folder given by --out lacks.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,
+) -> None:
+    """Measure a suite: check, time, count, and write a run folder."""
+    from vidbench.engine import run
+
+    if resume and out is None:
+        raise RequestError("--resume needs --out DIR: the folder to go on with")
+    texts = list(axis or [])
+    given = {"implementation": implementation, "mode": mode, "device": device, "dtype": dtype}
+    texts += [f"{name}={value}" for name, value in given.items() if value is not None]
+    show = Show(sys.stderr)
+    try:
+        done = run(
+            suite,
+            axes=_axes(texts),
+            models=model or (),
+            rounds=rounds,
+            out=out,
+            resume=resume,
+            timeout_s=timeout,
+            video=video,
+            progress=show,
+        )
+    finally:
+        show.close()
+    counts: dict[str, int] = {}
+    for measurement in done.measurements:
+        counts[measurement.status] = counts.get(measurement.status, 0) + 1
+    summary = ", ".join(f"{number} {status}" for status, number in counts.items())
+    typer.echo(f"{done.folder}: {summary}")
+    typer.echo(f"next: vidbench report {done.folder}")
+
+
+def _axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
+    """Axes, of which none may be given twice."""
+    texts = list(texts)
+    axes = parse_axes(texts)
+    if len(axes) < len(texts):
+        raise RequestError(f"an axis is given twice in {' '.join(texts)}: join its values with commas")
+    return axes
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; default: report/ in the first run's folder.")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Write report.html, report.md, tables and figures of one or more runs."""
+    from vidbench.report import report as write
+    from vidbench.results import load
+
+    loaded = [load(path) for path in runs]
+    for run in loaded:
+        for warning in run.warnings:
+            typer.echo(f"vidbench: warning: {warning}", err=True)
+    page = write(loaded, out or runs[0] / "report")
+    typer.echo(str(page))
+    if open_page:
+        typer.launch(str(page))
+
+
+@app.command("list")
+def list_(
+    topic: Annotated[Topic, typer.Argument(help="What to list.")] = Topic.suites,
+    format: Annotated[Format, typer.Option(help="text or json.")] = Format.text,
+) -> None:
+    """List suites, axes, ops, implementations, models or tasks."""
+    rows = LISTINGS[topic]()
+    if format is Format.json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    Console().print(table)
+
+
+def _list_suites() -> list[dict[str, Any]]:
+    from vidbench.suites import SUITES
+
+    return [
+        {
+            "suite": suite.name,
+            "points": sum(1 for sweep in suite.sweeps for _ in sweep.points()),
+            "rounds": suite.rounds,
+            "meaning": suite.meaning,
+        }
+        for suite in SUITES.values()
+    ]
+
+
+def _list_axes() -> list[dict[str, Any]]:
+    return [
+        {"axis": axis.name, "values": ", ".join(axis.words) or axis.values, "meaning": axis.meaning}
+        for axis in AXES.values()
+    ]
+
+
+def _list_ops() -> list[dict[str, Any]]:
+    from vidkernels import OPS
+
+    return [{"op": op.name, "implementations": ", ".join(op.implementations)} for op in OPS.values()]
+
+
+def _list_implementations() -> list[dict[str, Any]]:
+    """Each op's implementations, and why one cannot run its default case here."""
+    import torch
+
+    from vidkernels import OPS
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        {
+            "op": op.name,
+            "implementation": implementation.name,
+            "device": device,
+            "streams": implementation.step is not None,
+            "why_not": implementation.why_not(op.case({}), device),
+        }
+        for op in OPS.values()
+        for implementation in op.implementations.values()
+    ]
+
+
+def _list_models() -> list[dict[str, Any]]:
+    from vidbench.models import MODELS
+
+    return [
+        {
+            "model": spec.name,
+            "family": spec.family,
+            "inputs": ", ".join(spec.inputs),
+            "clip_length": spec.clip_length,
+            "input_size": spec.input_size,
+            "streams": spec.streams,
+            "paper": spec.paper,
+        }
+        for spec in MODELS.values()
+    ]
+
+
+def _list_tasks() -> list[dict[str, Any]]:
+    from vidbench.data.tasks import TASKS
+
+    return [
+        {"task": task.name, "classes": task.num_classes, "chance": task.chance, "meaning": task.meaning}
+        for task in TASKS.values()
+    ]
+
+
+LISTINGS: Mapping[Topic, Callable[[], list[dict[str, Any]]]] = {
+    Topic.suites: _list_suites,
+    Topic.axes: _list_axes,
+    Topic.ops: _list_ops,
+    Topic.implementations: _list_implementations,
+    Topic.models: _list_models,
+    Topic.tasks: _list_tasks,
+}
+
+
+class Show:
+    """Shows progress: a bar on a terminal, a line per finished point elsewhere."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.started = time.monotonic()
+        self.bar: Any = None
+        self.already = 0
+
+    def __call__(self, progress: Progress) -> None:
+        if self.bar is None and self.stream.isatty():
+            self._open()
+        if progress.measurement is None and progress.done and not self.already:
+            self.already = progress.done
+        point = progress.point
+        name = f"{point.workload}/{point.implementation} {point.mode}"
+        if self.bar is not None:
+            self.bar.update(
+                self.task, total=progress.total, completed=progress.done, description=f"round {progress.round}  {name}"
+            )
+            if progress.measurement is not None and progress.measurement.status != "ok":
+                self.bar.console.print(_line(progress.measurement), highlight=False, markup=False)
+        elif progress.measurement is not None:
+            print(
+                f"[{progress.done}/{progress.total}] round {progress.round} {_line(progress.measurement)}",
+                file=self.stream,
+                flush=True,
+            )
+
+    def _open(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=Console(file=self.stream),
+        )
+        self.task = self.bar.add_task("starting", total=None)
+        self.bar.start()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _line(measurement: Measurement) -> str:
+    """One finished point in one line."""
+    from vidbench.sweep import text_of
+
+    point = measurement.point
+    case = " ".join(f"{name}={text_of(value)}" for name, value in point.case.items())
+    what = f"{point.workload}/{point.implementation} {point.mode} {point.memory_format} {case}"
+    if measurement.accuracy is not None:
+        return f"{what}: top-1 {measurement.accuracy.top1:.1%} (chance {measurement.accuracy.chance:.1%})"
+    if measurement.median_s is not None:
+        return f"{what}: {measurement.median_s * 1e3:.4g} ms"
+    return f"{what}: {measurement.status}: {measurement.reason}"
+
+
+def main() -> None:
+    """Runs the command line; exit code 2 means that the request could not be carried out."""
+    debug = "--debug" in sys.argv
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except RequestError as error:
+        if debug:
+            raise
+        print(f"vidbench: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        print("vidbench: interrupted; what was measured is kept: add --resume --out DIR to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Video files as clips of RGB frames, decoded by FFmpeg through PyAV (the extra `video`).
+
+Frames are numbered in the order in which they are shown. A file is always decoded from its first frame on, never
+entered in the middle: the usual action clips have one keyframe each, so a seek would decode the same frames again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vidbench.sweep import RequestError
+
+KINETICS_MEAN = (0.43216, 0.394666, 0.37645)
+KINETICS_STD = (0.22803, 0.22145, 0.216989)
+"""Mean and standard deviation of red, green and blue in [0, 1], as torchvision's video models expect them."""
+
+
+class VideoWarning(UserWarning):
+    """A file was read, but not as its container promised; the message says in which way."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a file holds, as it is shown: sizes are those after rotation."""
+
+    path: str
+    name: str
+    """The file's name without its folder and suffix."""
+    codec: str
+    frames: int | None
+    """As the container declares it; None where it does not. Once the end was reached: as they were decoded."""
+    fps: float | None
+    """Mean frames per second; None where the container does not say."""
+    height: int
+    width: int
+    rotation: int
+    """Degrees by which the stored picture is turned counter-clockwise to be shown: 0, 90, 180 or 270."""
+    keyframes: int | None = None
+    """Frames that decode without an earlier one; counted by `probe` alone."""
+    warning: str | None = None
+    """In which way the file falls short of what it declares; None for a sound one."""
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise RequestError('reading video files needs PyAV: pip install "vidbench[video]"') from None
+    return av
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, threads: int) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; every way in which there is none is one clear line."""
+    av = _av()
+    file = Path(path)
+    if file.is_dir():
+        raise RequestError(f"{file} is a directory; wanted a video file")
+    if not file.is_file():
+        raise RequestError(f"no such video file: {file}")
+    try:
+        if file.stat().st_size == 0:
+            raise RequestError(f"{file} is empty (0 bytes)")
+        container = av.open(str(file))
+    except PermissionError:
+        raise RequestError(f"{file} cannot be read: permission denied") from None
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(f"{file} is not a video that FFmpeg can open, or it is cut short: {reason}") from None
+    with container:
+        # A cover picture in a sound file is a video stream to FFmpeg, and not to anyone else.
+        cover = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & cover]
+        if not streams:
+            kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
+            raise RequestError(f"{file} has no video stream, only {kinds}")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise RequestError(f"{file}: this build of FFmpeg has no decoder for its video stream")
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads
+        yield container, stream
+
+
+def _frames(container: Any, stream: Any, damaged: list[str]) -> Iterator[Any]:
+    """Every frame that decodes, in the order shown; what did not decode is noted in `damaged`, and passed over."""
+    av = _av()
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except (av.FFmpegError, OSError) as error:
+            damaged.append(str(error))
+            return
+        try:
+            frames = packet.decode()
+        except (av.FFmpegError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        yield from frames
+
+
+def _info(path: str | Path, stream: Any, frame: Any) -> VideoInfo:
+    rotation = round(frame.rotation / 90) * 90 % 360
+    height, width = (frame.width, frame.height) if rotation % 180 else (frame.height, frame.width)
+    rate = stream.average_rate
+    return VideoInfo(
+        path=str(path),
+        name=Path(path).stem,
+        codec=stream.codec_context.name,
+        frames=stream.frames or None,
+        fps=float(rate) if rate else None,
+        height=height,
+        width=width,
+        rotation=rotation,
+    )
+
+
+def _nothing_decodes(path: str | Path, damaged: Sequence[str]) -> RequestError:
+    return RequestError(f"{path}: no frame decodes" + (f": {damaged[0]}" if damaged else "; the file is cut short"))
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """What a video file holds, from its first frame and its table of packets; the other frames are not decoded.
+
+    Raises:
+        RequestError: There is no such file, it is no video, it has no video stream, or no frame decodes.
+    """
+    damaged: list[str] = []
+    with _opened(path, threads=1) as (container, stream):
+        first = next(_frames(container, stream, damaged), None)
+        if first is None:
+            raise _nothing_decodes(path, damaged)
+        info = _info(path, stream, first)
+    packets = keyframes = 0
+    with _opened(path, threads=1) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                packets += packet.size > 0
+                keyframes += packet.size > 0 and packet.is_keyframe
+        except (_av().FFmpegError, OSError) as error:
+            damaged.append(str(error))
+    warning = None
+    if info.frames is not None and packets < info.frames:
+        warning = f"{path} is cut short: it declares {info.frames} frames and holds {packets}"
+    elif damaged:
+        warning = f"{path} is damaged: {damaged[0]}"
+    return replace(info, keyframes=keyframes, warning=warning)
+
+
+def decode(
+    path: str | Path, choose: Callable[[int], Sequence[int]], *, threads: int = 0
+) -> tuple[Tensor, VideoInfo]:
+    """The chosen frames of a video, in RGB, upright, in the order chosen.
+
+    Args:
+        choose: From the number of frames in the video to the indices wanted, each from 0 to below that number;
+            repeats are allowed. It is asked again with the true number if the file holds fewer than it declares.
+        threads: Threads of the decoder; 0 lets FFmpeg choose.
+
+    Returns:
+        Frames, (F, H, W, 3), uint8, and what is known of the file; its `warning` tells what was not as declared.
+
+    Raises:
+        RequestError: As `probe`; or an index is outside the video.
+    """
+    count: int | None = None
+    while True:
+        with _opened(path, threads) as (container, stream):
+            declared = stream.frames or None
+            if count is None:
+                count = declared
+            damaged: list[str] = []
+            if count is None:
+                count = sum(1 for _ in _frames(container, stream, damaged))
+                if count == 0:
+                    raise _nothing_decodes(path, damaged)
+                continue
+            indices = choose(count)
+            if not indices or min(indices) < 0 or max(indices) >= count:
+                raise RequestError(f"{path} has {count} frames; wanted {_span(indices)}")
+            frames, info, seen = _collect(path, stream, _frames(container, stream, damaged), indices)
+        if info is None:
+            raise _nothing_decodes(path, damaged)
+        warning = f"{path} is damaged: {len(damaged)} packets did not decode: {damaged[0]}" if damaged else None
+        if frames is not None:
+            if declared is not None and count < declared:
+                warning = f"{path} is cut short: it declares {declared} frames and {count} decode"
+            return frames, replace(info, frames=count, warning=warning)
+        count = seen
+
+
+def _span(indices: Sequence[int]) -> str:
+    return f"frames {min(indices)} to {max(indices)}" if indices else "at least one frame"
+
+
+def _collect(
+    path: str | Path, stream: Any, frames: Iterator[Any], indices: Sequence[int]
+) -> tuple[Tensor | None, VideoInfo | None, int]:
+    """The frames at `indices`, or None if the video ended before; what it is, if any frame decoded; how many did."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    last = max(places)
+    reformatter = _av().video.reformatter.VideoReformatter()
+    info: VideoInfo | None = None
+    seen = 0
+    for seen, frame in zip(itertools.count(1), frames, strict=False):
+        if info is None:
+            info = _info(path, stream, frame)
+            out = np.empty((len(indices), info.height, info.width, 3), dtype=np.uint8)
+            stored = (frame.width, frame.height)
+        for nth, place in enumerate(places.get(seen - 1, ())):
+            if nth == 0:
+                # A stream may change its size on the way; a clip has the size that it began with.
+                rgb = reformatter.reformat(frame, width=stored[0], height=stored[1], format="rgb24").to_ndarray()
+                picture = np.rot90(rgb, info.rotation // 90) if info.rotation else rgb
+            out[place] = picture
+        if seen > last:
+            return torch.from_numpy(out), info, seen
+    return None, info, seen
+
+
+def read_clip(path: str | Path, *, clip_length: int, start: int = 0, stride: int = 1, threads: int = 0) -> Tensor:
+    """One clip of a video file. A clip that runs past the end of the video goes on from its first frame.
+
+    Args:
+        clip_length: Frames in the clip.
+        start: Index of the clip's first frame.
+        stride: Distance between the clip's frames, in frames of the video.
+        threads: Threads of the decoder; 0 lets FFmpeg choose.
+
+    Returns:
+        Frames in RGB, (T, H, W, 3), uint8.
+
+    Raises:
+        RequestError: As `probe`; or `start` is outside the video, or a size is below 1.
+
+    Warns:
+        VideoWarning: The file holds fewer frames than it declares, or some did not decode.
+    """
+    _at_least_one(clip_length=clip_length, stride=stride)
+
+    def choose(count: int) -> list[int]:
+        if not 0 <= start < count:
+            raise RequestError(f"start={start} is outside {path}, which has {count} frames")
+        return [(start + stride * step) % count for step in range(clip_length)]
+
+    return _warned(*decode(path, choose, threads=threads))
+
+
+def read_clips(path: str | Path, *, batch_size: int, clip_length: int, stride: int = 1, threads: int = 0) -> Tensor:
+    """Clips spread evenly over a video file: the first at its start, the last at its end, a single one in the middle.
+
+    Where the video is shorter than a clip, every clip begins at its start and goes round.
+
+    Args:
+        batch_size: Clips.
+        clip_length: Frames in each.
+        stride: Distance between a clip's frames, in frames of the video.
+        threads: Threads of the decoder; 0 lets FFmpeg choose.
+
+    Returns:
+        Frames in RGB, (N, T, H, W, 3), uint8.
+
+    Raises:
+        RequestError: As `probe`; or a size is below 1.
+
+    Warns:
+        VideoWarning: The file holds fewer frames than it declares, or some did not decode.
+    """
+    _at_least_one(batch_size=batch_size, clip_length=clip_length, stride=stride)
+
+    def choose(count: int) -> list[int]:
+        return [
+            (start + stride * step) % count
+            for start in clip_starts(count, batch_size, (clip_length - 1) * stride + 1)
+            for step in range(clip_length)
+        ]
+
+    frames = _warned(*decode(path, choose, threads=threads))
+    return frames.unflatten(0, (batch_size, clip_length))
+
+
+def clip_starts(frames: int, batch_size: int, span: int) -> list[int]:
+    """First frames of `batch_size` clips of `span` frames spread evenly over a video of `frames` frames.
+
+    >>> clip_starts(100, 3, 16)
+    [0, 42, 84]
+    """
+    room = max(frames - span, 0)
+    if batch_size == 1:
+        return [room // 2]
+    return [room * clip // (batch_size - 1) for clip in range(batch_size)]
+
+
+def _at_least_one(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise RequestError(f"{name}={size} is not a positive integer")
+
+
+def _warned(frames: Tensor, info: VideoInfo) -> Tensor:
+    if info.warning:
+        warnings.warn(info.warning, VideoWarning, stacklevel=3)
+    return frames
+
+
+def resize_normalise(
+    frames: Tensor,
+    *,
+    height: int,
+    width: int,
+    mean: Sequence[float] = KINETICS_MEAN,
+    std: Sequence[float] = KINETICS_STD,
+) -> Tensor:
+    """Frames as models take them: resized to cover height × width, cropped at the centre, normalised.
+
+    The resize is bilinear, antialiased where it shrinks, and keeps the aspect: for a square target the shorter side
+    becomes the target's. As in torchvision's own transforms the resized frame is rounded to whole levels of 255 first.
+
+    Args:
+        frames: RGB, (N, T, H, W, 3), uint8, on the CPU.
+        height: Rows of the result, pixels.
+        width: Columns of the result, pixels.
+        mean: Of each channel, of values in [0, 1].
+        std: Of each channel, of values in [0, 1].
+
+    Returns:
+        (N, 3, T, height, width), float32: (frames / 255 − mean) / std.
+
+    Raises:
+        ValueError: `frames` has another shape or dtype.
+    """
+    if frames.dtype != torch.uint8 or frames.dim() != 5 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {tuple(frames.shape)} {frames.dtype}; wanted (N, T, H, W, 3) torch.uint8")
+    clips, clip_length, stored_height, stored_width, _ = frames.shape
+    scale = max(height / stored_height, width / stored_width)
+    size = (max(height, round(stored_height * scale)), max(width, round(stored_width * scale)))
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    # (x / 255 − mean) / std as one multiply-add per value.
+    deviation = torch.tensor(std, dtype=torch.float64).view(3, 1, 1, 1)
+    gain = (1 / (255 * deviation)).to(torch.float32)
+    offset = (-torch.tensor(mean, dtype=torch.float64).view(3, 1, 1, 1) / deviation).to(torch.float32)
+    out = torch.empty((clips, 3, clip_length, height, width), dtype=torch.float32)
+    # One clip at a time stays in the caches. Whole levels and channels last: torch resizes these some twenty times
+    # faster than floats.
+    for clip in range(clips):
+        pictures = frames[clip].permute(0, 3, 1, 2)
+        if size != (stored_height, stored_width):
+            pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
+        cropped = pictures[:, :, top : top + height, left : left + width].transpose(0, 1)
+        torch.addcmul(offset, cropped.to(torch.float32), gain, out=out[clip])
+    return out

@@ -1,0 +1,215 @@
+"""The machine, the software and the device's own ceilings, as an Environment."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+from vidkernels.op import DTYPES
+
+import vidbench
+from vidbench.records import Ceilings, Environment
+from vidbench.sweep import RequestError
+
+COPY_FOOTPRINTS = tuple(2**power for power in (16, 20, 23, 26, 28))
+"""Bytes read and written by the copies whose rates are the ceilings: from a cache's to the memory's."""
+
+
+def describe(device: str, dtypes: Iterable[str]) -> Environment:
+    """This machine with its ceilings on a device, for these dtypes.
+
+    Raises:
+        RequestError: The device is not there.
+    """
+    cuda = device == "cuda"
+    if cuda and not torch.cuda.is_available():
+        raise RequestError("device 'cuda' is not there: torch sees no CUDA device; use --device cpu")
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if cuda else None
+    cpu, cores = _cpu_name(), len(os.sched_getaffinity(0))
+    gpu = properties.name if properties else None
+    commit, dirty = _git()
+    cudnn = torch.backends.cudnn.version() if cuda else None
+    environment = Environment(
+        machine=gpu or f"{cpu} × {cores}",
+        cpu=cpu,
+        cores=cores,
+        threads=torch.get_num_threads(),
+        memory_bytes=psutil.virtual_memory().total,
+        gpu=gpu,
+        driver=_driver() if cuda else None,
+        cuda=torch.version.cuda if cuda else None,
+        cudnn=str(cudnn) if cudnn else None,
+        torch=torch.__version__,
+        triton=_version("triton"),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        vidbench=vidbench.__version__,
+        git_commit=commit,
+        git_dirty=dirty,
+        clocks=_clocks(),
+        flags=_flags(),
+    )
+    return replace(
+        environment,
+        flops_per_s={f"{device}/{dtype}": matmul_ceiling(device, dtype) for dtype in dtypes},
+        bytes_per_s={f"{device}/{size}": copy_ceiling(device, size) for size in COPY_FOOTPRINTS},
+    )
+
+
+def ceilings(environment: Environment, device: str, dtype: str, footprint: int | None, *, cold: bool) -> Ceilings:
+    """The ceilings for a point: its dtype's product, and the copy of the largest footprint within its own.
+
+    A working set that stays in a cache between calls may exceed the memory's rate, so a hot point is held against the
+    copy of its own size. An unknown footprint (a whole model) takes the slowest copy's.
+    """
+    rates = {int(key.split("/")[1]): rate for key, rate in environment.bytes_per_s.items() if key.startswith(device)}
+    fitting = [size for size in rates if footprint is not None and not cold and size <= footprint]
+    if footprint is not None and not cold and not fitting:
+        fitting = [min(rates)]
+    size = max(fitting or rates)
+    return Ceilings(environment.flops_per_s[f"{device}/{dtype}"], rates[size])
+
+
+def raise_ceilings(environment: Environment, device: str, dtype: str) -> Environment:
+    """The environment with the ceilings measured once more; each keeps the higher rate."""
+    flops = {**environment.flops_per_s}
+    flops[f"{device}/{dtype}"] = max(flops[f"{device}/{dtype}"], matmul_ceiling(device, dtype, seconds=1.0))
+    copies = {
+        key: max(rate, copy_ceiling(device, int(key.split("/")[1]), seconds=0.3))
+        for key, rate in environment.bytes_per_s.items()
+    }
+    return replace(environment, flops_per_s=flops, bytes_per_s=copies)
+
+
+def matmul_ceiling(device: str, dtype: str, seconds: float = 0.25) -> float:
+    """The best rate of a square matrix product on noise, FLOP/s."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2))
+    with precision(dtype):
+        return 2 * size**3 / _best(lambda: torch.mm(a, b), device, seconds)
+
+
+def copy_ceiling(device: str, footprint: int, seconds: float = 0.05) -> float:
+    """The best rate of a copy that reads and writes `footprint` bytes in all, bytes/s."""
+    source = torch.randn(footprint // 8, device=device)
+    target = torch.empty_like(source)
+    return footprint / _best(lambda: target.copy_(source), device, seconds)
+
+
+def _best(call: Callable[[], object], device: str, seconds: float) -> float:
+    """The shortest time of a call, in blocks of about a millisecond, within a budget."""
+
+    def timed(calls: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    timed(1)
+    calls = max(1, math.ceil(1e-3 / max(timed(1), 1e-7)))
+    end = time.perf_counter() + seconds
+    best = timed(calls)
+    while time.perf_counter() < end:
+        best = min(best, timed(calls))
+    return best
+
+
+class precision:
+    """Sets the backends' switches for a dtype and puts them back: fp32 means no TF32 anywhere."""
+
+    def __init__(self, dtype: str) -> None:
+        self.allow = dtype == "tf32"
+
+    def __enter__(self) -> None:
+        self.before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.allow
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory: L2 of a GPU, the largest of a CPU's; 32 MiB where nothing tells."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+    sizes = [
+        int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if (text := path.read_text().strip())[-1] in "KM"
+    ]
+    return max(sizes, default=2**25)
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The driver's version, from NVML where nvidia-ml-py is installed, else from the kernel module."""
+    module = Path("/sys/module/nvidia/version")
+    return module.read_text().strip() if module.exists() else None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout that holds this package, else of the working directory's."""
+    for folder in (Path(__file__).parent, Path.cwd()):
+        try:
+            commit = _run_git(folder, "rev-parse", "HEAD")
+            return commit, bool(_run_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None, None
+
+
+def _run_git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ("git", "-C", str(folder), *arguments), check=True, capture_output=True, text=True, timeout=30
+    ).stdout.strip()
+
+
+def _clocks() -> dict[str, float]:
+    """Clock frequencies as far as they can be read without privileges, Hz."""
+    clocks: dict[str, float] = {}
+    frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+    if frequency:
+        clocks["cpu"] = frequency.current * 1e6
+        if frequency.max:
+            clocks["cpu_max"] = frequency.max * 1e6
+    return clocks
+
+
+def _flags() -> Mapping[str, str]:
+    """Settings that move times."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "TRITON_INTERPRET")
+    flags = {name: os.environ[name] for name in names if name in os.environ}
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor.exists():
+        flags["cpu_governor"] = governor.read_text().strip()
+    flags["cudnn.benchmark"] = "true"
+    flags["onednn"] = str(torch.backends.mkldnn.is_available()).lower()
+    return flags

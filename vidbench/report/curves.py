@@ -1,0 +1,191 @@
+"""Figures of something over clip length or batch size: latency, throughput, memory, and families side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vidbench.metrics import METRICS, POINT_COLUMNS, case_columns, scaling_exponents
+from vidbench.report import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SCALE = {"latency_s": (1e3, "ms"), "throughput_clips_per_s": (1.0, "clips/s"), "peak_memory_bytes": (2.0**-20, "MiB")}
+"""Factor and unit of a metric on an axis."""
+AXIS = {"clip_length": "clip length (frames)", "batch_size": "batch size (clips)"}
+SYMBOL = {"clip_length": "T", "batch_size": "N"}
+
+RECURRENT = {"TCN": ("tcn", "tcn_block", "cnn_tcn"), "LSTM": ("lstm", "cnn_lstm"), "RNN": ("rnn", "cnn_rnn")}
+VOLUMETRIC = {
+    "3D": ("conv3d", "r3d_18"),
+    "(2+1)D": ("conv2plus1d", "r2plus1d_18"),
+    "C3D": ("c3d",),
+}
+
+
+def usable(frame: pd.DataFrame, *needed: str) -> pd.DataFrame:
+    """The rows that ran and have every one of these figures."""
+    if any(name not in frame.columns for name in needed):
+        return frame.iloc[:0]
+    rows = frame[(frame["status"] == "ok") & (frame["mode"] != "evaluate")]
+    return rows.dropna(subset=list(needed))
+
+
+def over(
+    frame: pd.DataFrame, x: str, metric: str, colours: Mapping[str, str] | None = None, *, exponents: bool = False
+) -> Figure | None:
+    """One line per implementation (and run), a panel per workload and case; None without two values of `x`."""
+    rows = usable(frame, x, metric)
+    by = [*POINT_COLUMNS, *case_columns(frame)]
+    by = [name for name in by if name not in ("implementation", "kind", "seed", x)]
+    if x in ("height", "width"):
+        by = [name for name in by if name not in ("height", "width")]
+    if rows.empty:
+        return None
+    varied = rows.groupby(by, dropna=False, sort=False)[x].transform("nunique")
+    rows = rows[varied >= 2]
+    if rows.empty:
+        return None
+    parts, left_out = style.capped(style.facets(rows, by))
+    colours = style.colours_of(frame, colours)
+    fits = _fits(rows, x) if exponents else {}
+    runs = {run: style.DASHES[i % 4] for i, run in enumerate(rows["run_id"].unique())}
+    factor, unit = SCALE[metric]
+    with style.styled():
+        figure, axes = style.panels(len(parts))
+        for ax, (title, part) in zip(axes, parts, strict=True):
+            entries = 0
+            for (implementation, run), line in part.groupby(["implementation", "run_id"], sort=True):
+                label = str(implementation)
+                if (fit := fits.get(_series_key(line.iloc[0], x))) is not None:
+                    label += f"  ∝ {SYMBOL[x]}$^{{{fit[0]:.2f}}}$" + ("" if fit[1] is None else f" ±{fit[1]:.2f}")
+                if len(runs) > 1:
+                    label += f"  ({run})"
+                draw_line(ax, line, x, metric, factor, colours[str(implementation)], runs[run], label)
+                entries += 1
+            finish(ax, part, x, title, entries)
+        for ax in axes:
+            ax.set_xlabel(AXIS[x])
+            ax.set_ylabel(f"{METRICS[metric].label} ({unit})")
+        style.note(figure, "Bars: 95 % intervals" if metric != "peak_memory_bytes" else "", dim_note(rows), left_out)
+    return figure
+
+
+def dim_note(rows: pd.DataFrame) -> str:
+    """Explains hollow marks where there are any."""
+    return "Hollow: trust is poor" if (rows["trust"] == "poor").any() else ""
+
+
+def _series_key(row: pd.Series, x: str) -> tuple[str, ...]:
+    names = [name for name in row.index if name in (*POINT_COLUMNS, "run_id") or name in case_columns(row.to_frame().T)]
+    return tuple(str(row[name]) for name in names if name != x)
+
+
+def _fits(rows: pd.DataFrame, x: str) -> dict[tuple[str, ...], tuple[float, float | None]]:
+    """The fitted exponent and half its interval, by what is fixed in a series."""
+    found = {}
+    for _, fit in scaling_exponents(rows, x).dropna(subset=["exponent"]).iterrows():
+        fixed = fit.drop(["points", "exponent", "standard_error", "exponent_low", "exponent_high"])
+        half = float(fit["exponent_high"] - fit["exponent"])
+        found[_series_key(fixed, x)] = (float(fit["exponent"]), half if half < 9.995 else None)
+    return found
+
+
+def draw_line(
+    ax: Axes, line: pd.DataFrame, x: str, metric: str, factor: float, colour: str, dash: str, label: str
+) -> None:
+    """A line with its intervals; points of poor trust hollow and faint."""
+    line = line.sort_values(x)
+    xs = line[x].to_numpy(float)
+    ys = line[metric].to_numpy(float) * factor
+    ax.plot(xs, ys, dash, color=colour, linewidth=1.5, label=label, zorder=2)
+    poor = (line["trust"] == "poor").fillna(False).to_numpy(bool)
+    ax.plot(xs[~poor], ys[~poor], "o", color=colour, markersize=4, zorder=3)
+    ax.plot(xs[poor], ys[poor], "o", color=colour, markersize=4.5, markerfacecolor="none", alpha=0.5, zorder=3)
+    if metric == "peak_memory_bytes":
+        return
+    lows, highs = line["latency_low_s"], line["latency_high_s"]
+    if metric == "throughput_clips_per_s":
+        lows, highs = line["batch_size"] / highs, line["batch_size"] / lows
+    ax.vlines(
+        xs, lows.to_numpy(float, na_value=float("nan")) * factor, highs.to_numpy(float, na_value=float("nan")) * factor,
+        color=colour, linewidth=1.0, alpha=0.6, zorder=1,
+    )  # fmt: skip
+
+
+def finish(ax: Axes, part: pd.DataFrame, x: str, title: str, entries: int) -> None:
+    """Scales, ticks, title and a legend above the data."""
+    xs = sorted({float(value) for value in part[x]})
+    ys = [float(y) for drawn in ax.lines for y in drawn.get_ydata()]
+    style.scale_axis(ax, "x", xs, ticks=xs)
+    log = style.scale_axis(ax, "y", ys)
+    if not log:
+        ax.set_ylim(bottom=0)
+    else:
+        # Intervals of two rounds are so wide that they would squeeze the lines together.
+        ax.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
+    ax.set_title(_wrapped(title))
+    style.leave_room(ax, min(0.5, 0.03 + 0.068 * entries), log=log)
+    ax.legend(loc="upper left", handlelength=1.6, borderaxespad=0.2, labelspacing=0.25)
+
+
+def _wrapped(title: str) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(title, 50)[:2])
+
+
+def families(frame: pd.DataFrame, members: Mapping[str, tuple[str, ...]]) -> Figure | None:
+    """Latency over clip length of whole families, each by its fastest implementation at every point.
+
+    Panels hold what has two families or more; where a family has several cases in one panel, their median is drawn.
+    """
+    family = {workload: name for name, workloads in members.items() for workload in workloads}
+    rows = usable(frame, "clip_length", "latency_s")
+    rows = rows[rows["workload"].isin(list(family))]
+    if rows.empty:
+        return None
+    rows = rows.assign(family=rows["workload"].map(family))
+    own = [name for name in (*POINT_COLUMNS, *case_columns(frame)) if name not in ("implementation", "clip_length")]
+    fastest = rows.loc[rows.groupby(["run_id", *own, "clip_length"], dropna=False)["latency_s"].idxmin()]
+    shared = [
+        name
+        for name in (*own, "run_id")
+        if name not in ("workload", "seed") and fastest.groupby("family")[name].apply(lambda v: v.notna().any()).all()
+    ]
+    parts = []
+    for title, part in style.facets(fastest, shared):
+        if part["family"].nunique() >= 2 and part["clip_length"].nunique() >= 2:
+            parts.append((title, part))
+    if not parts:
+        return None
+    parts, left_out = style.capped(parts)
+    colours = dict(zip(members, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    with style.styled():
+        figure, axes = style.panels(len(parts))
+        merged = False
+        for ax, (title, part) in zip(axes, parts, strict=True):
+            for name, group in part.groupby("family", sort=True):
+                line = _median_line(group)
+                merged |= len(line) < len(group)
+                who = ", ".join(sorted({f"{r.workload} {r.implementation}" for r in group.itertuples()})[:2])
+                draw_line(ax, line, "clip_length", "latency_s", 1e3, colours[str(name)], "-", f"{name}: {who}")
+            finish(ax, part, "clip_length", title or "all", part["family"].nunique())
+            ax.set_xlabel(AXIS["clip_length"])
+            ax.set_ylabel("latency per call (ms)")
+        style.note(
+            figure,
+            "Each family by its fastest implementation at every clip length",
+            "The median where a family has several cases" if merged else "",
+            left_out,
+        )
+    return figure
+
+
+def _median_line(group: pd.DataFrame) -> pd.DataFrame:
+    numbers: dict[str, Any] = dict.fromkeys(("latency_s", "latency_low_s", "latency_high_s"), "median")
+    line = group.groupby("clip_length", as_index=False).agg({**numbers, "trust": "first"})
+    return line.assign(batch_size=1)

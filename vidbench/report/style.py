@@ -1,0 +1,244 @@
+"""What the figures share: palettes, facets, axes with readable ticks, and SVG that follows the page's colours."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2328"
+MUTED = "#656d76"
+GRID = "#e4e7eb"
+PAPER = "#ffffff"
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
+"""Colours of a figure that the page replaces by its own, so that they turn with dark mode."""
+
+# Okabe & Ito (2008): told apart with any of the common colour-vision deficiencies, on white and on near-black.
+KNOWN = {
+    "reference": "#8c8c8c",
+    "library": "#0072B2",
+    "eager": "#0072B2",
+    "compiled": "#E69F00",
+    "accelerated": "#009E73",
+    "pyav": "#0072B2",
+    "torch": "#E69F00",
+    "opencv_dis": "#009E73",
+}
+OTHERS = ("#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#B8A800", "#7A5195", "#8B5E3C", "#E69F00", "#0072B2")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+DASHES = ("-", "--", ":", "-.")
+
+MAX_FACETS = 9
+MAX_MARKS = 3000
+"""Marks in one scatter plot; more make a page slow and show nothing more."""
+
+
+def palette(names: Iterable[object]) -> dict[str, str]:
+    """A colour for each implementation (or workload): fixed for those everyone has, in order for the others."""
+    known = sorted({str(name) for name in names})
+    others = [name for name in known if name not in KNOWN]
+    return {name: KNOWN.get(name) or OTHERS[others.index(name) % len(OTHERS)] for name in known}
+
+
+def wide_palette(names: Sequence[str]) -> dict[str, Any]:
+    """Colours for many workloads: colour-blind-safe up to ten, evenly spread hues beyond."""
+    import seaborn
+
+    if len(names) <= len(OTHERS) - 1:
+        chosen: Sequence[Any] = ("#0072B2", "#E69F00", "#009E73", *OTHERS[:3], *OTHERS[4:7])
+    else:
+        chosen = seaborn.color_palette("husl", len(names), desat=0.8).as_hex()
+    return dict(zip(names, chosen, strict=False))
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The look of every figure, for as long as the block; nothing global is left behind."""
+    import matplotlib
+    import seaborn
+
+    extra = {
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.titleweight": "semibold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 9,
+        "axes.edgecolor": MUTED,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.linewidth": 0.7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "text.color": INK,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+        "grid.color": GRID,
+        "grid.linewidth": 0.7,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "legend.labelcolor": INK,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "vidbench",
+    }
+    with matplotlib.rc_context(), seaborn.axes_style("whitegrid", extra), matplotlib.rc_context(extra):
+        yield
+
+
+def panels(count: int, *, width: float = 4.1, height: float = 3.1, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes in rows of up to `columns`."""
+    from matplotlib.figure import Figure
+
+    across = min(columns, count)
+    rows = math.ceil(count / across)
+    figure = Figure(figsize=(max(width * across, 5.2), height * rows), layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False).ravel().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def facets(frame: pd.DataFrame, by: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
+    """The parts of a frame that agree in all of `by`, each with a title of what tells it from the others."""
+    by = [name for name in by if name in frame.columns]
+    parts = []
+    for _, part in frame.groupby(list(by), dropna=False, sort=False):
+        first = part.iloc[0]
+        siblings = frame[frame["workload"] == first["workload"]] if "workload" in by else frame
+        varied = [n for n in by if n != "workload" and siblings[n].nunique(dropna=False) > 1 and first[n] == first[n]]
+        told = [short(name, first[name]) for name in varied if not _missing(first[name])]
+        head = [str(first["workload"])] if "workload" in by else []
+        parts.append((" · ".join(head + told), part))
+    return parts
+
+
+def _missing(value: object) -> bool:
+    import pandas as pd
+
+    return value is pd.NA or value is None or value != value
+
+
+SHORT = {
+    "batch_size": "batch {}",
+    "clip_length": "{} frames",
+    "height": "{} high",
+    "width": "{} wide",
+    "width_multiplier": "width ×{:g}",
+    "hidden_size": "hidden {}",
+    "in_channels": "{} in",
+    "out_channels": "{} out",
+    "kernel_size": "kernel {}",
+    "dilation": "dilation {}",
+    "stride": "stride {}",
+}
+
+
+def short(name: str, value: object) -> str:
+    """A case's key and value for a title: batch 4, kernel 3x3x3."""
+    if name in SHORT:
+        return SHORT[name].format(value)
+    return f"{name}={value}" if not isinstance(value, str) or name in ("padding", "bias") else value
+
+
+def capped(parts: list[tuple[str, pd.DataFrame]]) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """The parts with the most in them, in their order, and a line on how many are left out.
+
+    Every workload gets a panel before any gets a second.
+    """
+    if len(parts) <= MAX_FACETS:
+        return parts, ""
+    turn: dict[str, int] = {}
+    ranked = []
+    for index in sorted(range(len(parts)), key=lambda i: -len(parts[i][1])):
+        workload = str(parts[index][1]["workload"].iloc[0])
+        turn[workload] = turn.get(workload, 0) + 1
+        ranked.append((turn[workload], index))
+    chosen = sorted(index for _, index in sorted(ranked, key=lambda r: r[0])[:MAX_FACETS])
+    return [parts[i] for i in chosen], f"{len(parts) - MAX_FACETS:,} of {len(parts):,} panels are left out"
+
+
+def thinned(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """At most MAX_MARKS rows, evenly spaced, and a line that says so."""
+    if len(frame) <= MAX_MARKS:
+        return frame, ""
+    step = math.ceil(len(frame) / MAX_MARKS)
+    return frame.iloc[::step], f"every {step}th of {len(frame):,} points is drawn"
+
+
+def note(figure: Figure, *texts: str) -> None:
+    """Puts remarks under a figure."""
+    if said := ". ".join(text for text in texts if text):
+        figure.supxlabel(f"{said}.", fontsize=8, color=MUTED, x=0.01, ha="left")
+
+
+def scale_axis(ax: Axes, which: str, values: Sequence[float], *, ticks: Sequence[float] | None = None) -> bool:
+    """A log axis where the values span a factor of eight or more; plain numbers as tick labels. Whether it is log."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    positive = [value for value in values if value > 0]
+    log = bool(positive) and len(positive) == len(values) and max(positive) / min(positive) >= 8
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
+    if log:
+        (ax.set_xscale if which == "x" else ax.set_yscale)("log", base=10)
+        decades = math.log10(max(positive) / min(positive))
+        subs = (1.0, 2.0, 5.0) if decades < 2.2 else (1.0, 3.0) if decades < 3.2 else (1.0,)
+        axis.set_major_locator(LogLocator(10, subs=subs, numticks=12))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(FixedLocator([]))
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+    if ticks is not None and (log or len(ticks) <= 6):
+        step = math.ceil(len(ticks) / 8)
+        axis.set_major_locator(FixedLocator(list(ticks)[::-1][::step]))
+    axis.set_major_formatter(plain)
+    return log
+
+
+def leave_room(ax: Axes, fraction: float, *, log: bool) -> None:
+    """Extends the y axis upwards until the data leaves its top `fraction` free, for a legend."""
+    low, high = ax.get_ylim()
+    if log:
+        ax.set_ylim(low, low * (high / low) ** (1 / (1 - fraction)))
+    else:
+        ax.set_ylim(low, low + (high - low) / (1 - fraction))
+
+
+def svg(figure: Figure) -> str:
+    """A figure as one SVG element without date, creator or outside references."""
+    buffer = io.StringIO()
+    with styled():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    return re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+
+
+def inline(text: str, name: str) -> str:
+    """An SVG to stand in the page: its own identifiers, transparent, ink and grid in the page's colours."""
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace(f"fill: {PAPER}", "fill: none")
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
+
+
+def colours_of(frame: pd.DataFrame, given: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The given palette, or one for this frame alone."""
+    return given if given is not None else palette(frame["implementation"].unique())

@@ -1,0 +1,249 @@
+"""The named suites: tuples of Sweeps, and how a request changes them. Pure data, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from vidbench.models import MODELS, spec_of
+from vidbench.sweep import AXES, POINT_AXES, RequestError, Sweep, Value, unknown
+
+Axes = Mapping[str, tuple[Value, ...]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A question that people ask, as sweeps."""
+
+    name: str
+    meaning: str
+    sweeps: tuple[Sweep, ...]
+    rounds: int = 1
+    """Fresh processes that each take every point once; one of them cannot know its own noise."""
+
+
+IMPLEMENTATIONS = ("library", "compiled")
+LAYOUTS = ("contiguous", "channels_last")
+MODEL_AXES = ("clip_length", "batch_size", "input_size", "height", "width", "width_multiplier", "num_classes")
+"""Axes that every model takes, whether its sweep names them or not."""
+
+
+def _conv_sweeps(workload: str, layers: Iterable[Mapping[str, Value]], **axes: tuple[Value, ...]) -> tuple[Sweep, ...]:
+    """One sweep per layer of the published networks."""
+    default = {
+        "clip_length": (8, 16, 32),
+        "batch_size": (1, 4),
+        "memory_format": LAYOUTS,
+        "implementation": IMPLEMENTATIONS,
+    }
+    return tuple(Sweep(workload, axes={**default, **axes}, fixed=layer) for layer in layers)
+
+
+CONV3D_LAYERS: tuple[dict[str, Value], ...] = (
+    {"in_channels": 3, "out_channels": 64, "kernel_size": (3, 3, 3), "input_size": 112},  # C3D conv1a
+    {"in_channels": 3, "out_channels": 64, "kernel_size": (7, 7, 7), "stride": (2, 2, 2), "input_size": 224},  # I3D
+    {"in_channels": 192, "out_channels": 64, "kernel_size": (1, 1, 1), "input_size": 28},  # I3D Mixed_3b
+    {"in_channels": 64, "out_channels": 64, "kernel_size": (3, 3, 3), "input_size": 56},  # R3D layer1
+    {"in_channels": 128, "out_channels": 128, "kernel_size": (3, 3, 3), "input_size": 28},  # R3D layer2
+    {"in_channels": 256, "out_channels": 256, "kernel_size": (3, 3, 3), "input_size": 14},  # R3D layer3
+    {"in_channels": 512, "out_channels": 512, "kernel_size": (3, 3, 3), "input_size": 7},  # R3D layer4
+)
+CONV2PLUS1D_LAYERS: tuple[dict[str, Value], ...] = tuple(
+    {"in_channels": channels, "out_channels": channels, "kernel_size": (3, 3, 3), "input_size": size}
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7))  # R(2+1)D layer1 to layer4
+)
+DEPTHWISE_LAYERS: tuple[dict[str, Value], ...] = tuple(
+    {"in_channels": channels, "kernel_size": (3, 3, 3), "input_size": size}
+    for channels, size in ((54, 56), (108, 28), (216, 14), (432, 7))  # X3D-M stages 2 to 5
+)
+
+
+def _temporal_sweeps(
+    hidden_size: int, lengths: tuple[int, ...], implementations: tuple[str, ...], modes: tuple[str, ...] = ("forward",)
+) -> tuple[Sweep, ...]:
+    """RNN, LSTM, one TCN block, and a TCN whose receptive field covers the clip, all of one width."""
+    axes: Axes = {"mode": modes, "clip_length": lengths, "batch_size": (1,), "implementation": implementations}
+    recurrent: dict[str, Value] = {"input_features": hidden_size, "hidden_size": hidden_size}
+    block: dict[str, Value] = {"in_channels": hidden_size, "out_channels": hidden_size, "kernel_size": 3, "dilation": 1}
+    eager = tuple("eager" if name == "library" else name for name in implementations if name != "reference")
+    return (
+        Sweep("rnn", axes=axes, fixed=recurrent),
+        Sweep("lstm", axes=axes, fixed=recurrent),
+        Sweep("tcn_block", axes=axes, fixed=block),
+        Sweep("tcn", "model", axes={**axes, "implementation": eager}, fixed={**recurrent, "num_classes": 400}),
+    )
+
+
+def model_sweep(name: str, axes: Axes | None = None, **fixed: Value) -> Sweep:
+    """A model at its published clip length and frame size, unless told otherwise."""
+    spec = spec_of(name)
+    default: Axes = {"clip_length": (8, 16), "batch_size": (1,), "implementation": ("eager",)}
+    size = {"input_size": spec.input_size} if "features" not in spec.inputs else {}
+    return Sweep(name, "model", axes={**default, **(axes or {})}, fixed={**size, **fixed})
+
+
+def _video_models() -> tuple[str, ...]:
+    """The models that take clips, rather than features of their frames."""
+    return tuple(name for name, spec in MODELS.items() if "features" not in spec.inputs)
+
+
+SMALL: dict[str, float] = {"frame_pool_avg": 0.25, "cnn_lstm": 0.25, "cnn_tcn": 0.25, "c3d": 0.125}
+"""Width multipliers at which the temporal heads train within seconds on a CPU."""
+
+
+def _quick() -> tuple[Sweep, ...]:
+    """Small cases of everything, and one task, for a first report within minutes on two cores."""
+    conv: Axes = {"clip_length": (4, 8, 16), "batch_size": (1, 2), "implementation": ("reference", "library")}
+    layer: dict[str, Value] = {"in_channels": 32, "out_channels": 32, "kernel_size": (3, 3, 3), "input_size": 28}
+    small: Axes = {"clip_length": (8, 16, 32), "batch_size": (1, 2)}
+    depthwise = {**conv, "implementation": ("library",), "memory_format": LAYOUTS}
+    train: dict[str, Value] = {"mode": "train", "implementation": "library"}
+    return (
+        Sweep("conv3d", axes=conv, fixed=layer),
+        Sweep("conv2plus1d", axes=conv, fixed=layer),
+        Sweep(
+            "depthwise_conv3d", axes=depthwise, fixed={"in_channels": 54, "kernel_size": (3, 3, 3), "input_size": 28}
+        ),
+        Sweep("conv3d", axes={"clip_length": (4, 8, 16)}, fixed={**layer, **train, "batch_size": 1}),
+        Sweep("conv2plus1d", axes={"clip_length": (4, 8, 16)}, fixed={**layer, **train, "batch_size": 1}),
+        *_temporal_sweeps(128, (8, 32, 128, 512), ("library",)),
+        *_temporal_sweeps(128, (64,), ("library",), ("stream",)),
+        *(
+            model_sweep(name, small, input_size=32, width_multiplier=width, num_classes=6)
+            for name, width in SMALL.items()
+        ),
+        *(
+            Sweep(
+                name,
+                "task",
+                axes={"seed": (0,)},
+                fixed={
+                    "mode": "evaluate",
+                    "implementation": "eager",
+                    "task": "frame_order",
+                    "clip_length": 16,
+                    "input_size": 32,
+                    "width_multiplier": width,
+                },
+            )
+            for name, width in SMALL.items()
+        ),
+    )
+
+
+def _full() -> tuple[Sweep, ...]:
+    """Everything, compiled and in training too: hours on a CPU."""
+    both: Axes = {"mode": ("forward", "train")}
+    compiled: Axes = {"clip_length": (8, 16, 32), "implementation": ("eager", "compiled"), **both}
+    return (
+        *_conv_sweeps("conv3d", CONV3D_LAYERS, **both),
+        *_conv_sweeps("conv2plus1d", CONV2PLUS1D_LAYERS, **both),
+        *_conv_sweeps("depthwise_conv3d", DEPTHWISE_LAYERS, **both),
+        *SUITES["temporal"].sweeps,
+        *(model_sweep(name, compiled) for name in _video_models()),
+    )
+
+
+_LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "quick", "small cases of everything and one training task: a first report in minutes", _quick(), rounds=3
+        ),
+        Suite("conv3d", "dense 3D convolutions of C3D, I3D and R3D-18", _conv_sweeps("conv3d", CONV3D_LAYERS)),
+        Suite(
+            "conv2plus1d",
+            "the (2+1)D pairs of R(2+1)D-18",
+            _conv_sweeps("conv2plus1d", CONV2PLUS1D_LAYERS),
+        ),
+        Suite(
+            "depthwise",
+            "the depthwise 3D convolutions of X3D-M",
+            _conv_sweeps("depthwise_conv3d", DEPTHWISE_LAYERS),
+        ),
+        Suite(
+            "temporal",
+            "RNN, LSTM and TCN over clip lengths 8 to 1024 at equal hidden size",
+            (
+                *_temporal_sweeps(256, _LENGTHS, IMPLEMENTATIONS),
+                *_temporal_sweeps(256, (8, 64, 512), ("library",), ("train",)),
+                *_temporal_sweeps(256, (16, 256), ("library",), ("stream",)),
+            ),
+        ),
+        Suite("models", "every model at its published size", tuple(model_sweep(name) for name in _video_models())),
+    )
+}
+SUITES["full"] = Suite("full", "all of the above, compiled and in training too: hours on a CPU", _full())
+
+
+def plan(suite: str, *, axes: Axes | None = None, model_names: Iterable[str] = (), video: str | None = None) -> Suite:
+    """A suite as a request changes it.
+
+    Args:
+        suite: Its name.
+        axes: Values that replace the suite's own.
+        model_names: Models measured instead of the suite's own, `package.module:factory` among them.
+        video: Name of the video file that clips are taken from; adds the stages before the model.
+
+    Raises:
+        RequestError: An unknown suite or model, or an axis that nothing in the suite has.
+    """
+    if suite not in SUITES:
+        raise unknown("suite", suite, SUITES)
+    chosen = SUITES[suite]
+    sweeps = chosen.sweeps
+    if names := tuple(model_names):
+        others = tuple(sweep for sweep in sweeps if sweep.kind == "op")
+        sweeps = (*(others if suite == "full" else ()), *(model_sweep(name) for name in names))
+    sweeps = _with_axes(suite, sweeps, axes or {})
+    if video is not None:
+        sweeps = _with_video(suite, sweeps, video)
+    return replace(chosen, sweeps=sweeps)
+
+
+def _with_axes(suite: str, sweeps: tuple[Sweep, ...], axes: Axes) -> tuple[Sweep, ...]:
+    """The axes given, on every sweep that has them. A task's clips are its own: only its seed may change."""
+    taken: set[str] = set()
+    changed = []
+    for sweep in sweeps:
+        known = {*sweep.names(), *POINT_AXES, *(MODEL_AXES if sweep.kind == "model" else ())}
+        if "input_size" in known:
+            known |= {"height", "width"}
+        if sweep.kind == "task":
+            known = {"seed"}
+        mine = {name: values for name, values in axes.items() if name in known}
+        taken |= set(mine)
+        changed.append(sweep.override(mine))
+    for name in axes:
+        if name not in taken:
+            has = sorted({axis for sweep in sweeps for axis in sweep.names() if axis in AXES})
+            raise RequestError(f"suite {suite!r} has no axis {name!r}: it has {', '.join(has)}")
+    return tuple(changed)
+
+
+def _with_video(suite: str, sweeps: tuple[Sweep, ...], video: str) -> tuple[Sweep, ...]:
+    """The models fed from a video, preceded by the stages that feed them."""
+    fed = [s for s in sweeps if s.kind == "model" and "features" not in spec_of(s.workload).inputs]
+    if not fed:
+        raise RequestError(f"--input feeds clips to models, and suite {suite!r} has none: use `models` or --model")
+    stages: dict[str, dict[str, Value]] = {}
+    for sweep in fed:
+        with_flow = "flow" in spec_of(sweep.workload).inputs
+        for point in sweep.points():
+            case = {name: point.case[name] for name in ("batch_size", "clip_length") if name in point.case}
+            frames = {**case, "height": point.case["height"], "width": point.case["width"]}
+            stages.setdefault(f"decode {case}", {"workload": "decode", "implementation": "pyav", **case})
+            stages.setdefault(f"resize {frames}", {"workload": "resize_normalise", "implementation": "torch", **frames})
+            if with_flow:
+                stages.setdefault(
+                    f"flow {frames}", {"workload": "optical_flow", "implementation": "opencv_dis", **frames}
+                )
+    before = []
+    for values in stages.values():
+        workload = str(values.pop("workload"))
+        before.append(Sweep(workload, "stage", fixed={**values, "video": video}))
+    models = [replace(sweep, fixed={**sweep.fixed, "video": video}) for sweep in fed]
+    rest = [sweep for sweep in sweeps if sweep not in fed]
+    return (*before, *models, *rest)

@@ -1,0 +1,210 @@
+"""One isolated process per device that measures points and survives them.
+
+    engine ── control socket ──► server (torch imported, no device touched) ── fork ──► worker ◄── socket ── engine
+
+The server forks a worker in milliseconds, so that rounds and replacements are cheap. A worker that crashes, hangs or is
+killed costs the point it was at. Both end with their parent, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import msgspec
+
+from vidbench.records import Environment, Measurement
+from vidbench.sweep import Point, RequestError
+
+LENGTH_BYTES = 4
+
+
+class Describe(msgspec.Struct, tag=True, frozen=True):
+    """Asks for the environment and for what could run; answered by a Description."""
+
+    device: str
+    dtypes: tuple[str, ...]
+    workloads: dict[str, str]
+    """Kind by workload, to be found before anything is measured."""
+
+
+class Description(msgspec.Struct, frozen=True):
+    """The environment and, by workload, its implementations; or why the request cannot be carried out."""
+
+    environment: Environment | None
+    implementations: dict[str, tuple[str, ...]] = {}
+    refusal: str = ""
+
+
+class Adopt(msgspec.Struct, tag=True, frozen=True):
+    """Tells the environment whose ceilings hold; not answered."""
+
+    environment: Environment
+
+
+class Task(msgspec.Struct, tag=True, frozen=True):
+    """Asks for one point; answered by a Measurement."""
+
+    point: Point
+    round: int
+    seconds: float
+    """Budget of the sampling."""
+    video: str | None = None
+
+
+def send(connection: socket.socket, message: object, *, fds: tuple[int, ...] = ()) -> None:
+    """One message: its length, then its MessagePack (which knows NaN), with file descriptors if any."""
+    body = msgspec.msgpack.encode(message)
+    data = len(body).to_bytes(LENGTH_BYTES, "big") + body
+    if fds:
+        sent = socket.send_fds(connection, [data], fds)
+        data = data[sent:]
+    connection.sendall(data)
+
+
+def receive(connection: socket.socket, kind: Any, *, fds: list[int] | None = None) -> Any:
+    """The next message; None when the other side is gone."""
+    head = b""
+    while len(head) < LENGTH_BYTES:
+        if fds is None:
+            part = connection.recv(LENGTH_BYTES - len(head))
+        else:
+            part, got, _, _ = socket.recv_fds(connection, LENGTH_BYTES - len(head), 4)
+            fds += got
+        if not part:
+            return None
+        head += part
+    body = bytearray()
+    wanted = int.from_bytes(head, "big")
+    while len(body) < wanted:
+        part = connection.recv(min(1 << 20, wanted - len(body)))
+        if not part:
+            return None
+        body += part
+    return msgspec.msgpack.decode(bytes(body), type=kind)
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent ends (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def serve(control: socket.socket) -> None:
+    """The server's loop: `["fork"]` with two descriptors → pid; `["wait", pid]` → its exit status."""
+    end_with_parent()
+    _import_ahead()
+    gc.collect()
+    gc.freeze()  # what is imported stays; collections in the workers then pass over it
+    send(control, "ready")
+    while True:
+        fds: list[int] = []
+        request = receive(control, list, fds=fds)
+        if request is None:
+            os._exit(0)
+        if request[0] == "fork":
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                _become_worker(*fds)
+            for fd in fds:
+                os.close(fd)
+            send(control, pid)
+        else:
+            _, status = os.waitpid(request[1], 0)
+            send(control, status)
+
+
+def _import_ahead() -> None:
+    """Everything a worker needs, none of which may touch a device or start a thread."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a device must not open it before the fork
+
+    import vidbench.counting
+    import vidbench.environment
+    import vidbench.measure
+    import vidbench.training  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # counting does without it
+        import fvcore.nn  # noqa: F401
+
+
+def _become_worker(connection_fd: int, log_fd: int) -> None:
+    """Serves measurements until the engine hangs up; never returns."""
+    end_with_parent()
+    for fd in (1, 2):
+        os.dup2(log_fd, fd)
+    faulthandler.enable(all_threads=False)
+    # Compilation in this process: a pool of compilers would outlive the point and disturb the next one's time.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    with contextlib.suppress(OSError):
+        # Where memory runs out, the kernel should take this process rather than the engine.
+        with open("/proc/self/oom_score_adj", "w") as score:
+            score.write("900")
+    connection = socket.socket(fileno=connection_fd)
+    try:
+        _work(connection)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _work(connection: socket.socket) -> None:
+    environment: Environment | None = None
+    costs: dict[str, Any] = {}
+    while (request := receive(connection, Describe | Adopt | Task)) is not None:
+        if isinstance(request, Adopt):
+            environment = request.environment
+        elif isinstance(request, Describe):
+            send(connection, _describe(request))
+        else:
+            assert environment is not None  # the engine sends it first
+            send(connection, perform(request, environment, costs))
+
+
+def _describe(request: Describe) -> Description:
+    from vidbench.environment import describe
+    from vidbench.workload import implementations
+
+    try:
+        found = {name: implementations(name, kind) for name, kind in request.workloads.items()}
+        return Description(describe(request.device, request.dtypes), found)
+    except RequestError as error:
+        return Description(None, refusal=str(error))
+
+
+def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Measurement:
+    """The measurement of one point, whatever its workload raises."""
+    from vidbench.measure import Budget, measure
+
+    point, started = task.point, time.perf_counter()
+    try:
+        if point.kind == "task":
+            from vidbench.training import train_and_test
+
+            accuracy = train_and_test(
+                point.workload,
+                str(point.case["task"]),
+                seed=int(point.case["seed"]),  # type: ignore[arg-type]
+            )
+            return Measurement(point, task.round, "ok", accuracy=accuracy, wall_s=time.perf_counter() - started)
+        return measure(
+            point, environment, round=task.round, budget=Budget(seconds=task.seconds), video=task.video, costs=costs
+        )
+    except Exception as error:  # noqa: BLE001  a user's model may raise anything; the point's row says what
+        reason = str(error).strip().splitlines()
+        text = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+        return Measurement(point, task.round, "failed", text, wall_s=time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

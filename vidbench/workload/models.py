@@ -1,0 +1,199 @@
+"""One model, eager or compiled, as a workload."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vidkernels import checking
+from vidkernels.op import REQUIREMENTS
+
+from vidbench import counting, models
+from vidbench.records import Error
+from vidbench.sweep import Point
+from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
+from vidbench.workload.stages import model_inputs
+
+MODEL_GATES = {"fp64": 1e-10, "fp32": 2e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest relative error of a model's logits; twice the eager model's own passes as well."""
+
+GRADIENT_FACTOR = 50
+"""Gradients of a deep network may err by this many times the gate: a rounding that flips one ReLU or one maximum
+moves a whole path."""
+
+MODEL_CASE = ("clip_length", "batch_size", "height", "width", "width_multiplier", "num_classes", "input_features",
+              "hidden_size", "video")  # fmt: skip
+MODEL_IMPLEMENTATIONS = ("eager", "compiled")
+
+
+class ModelWorkload(Workload):
+    """One model, run as it is (`eager`) or through torch.compile (`compiled`)."""
+
+    def __init__(self, point: Point, video: str | None = None) -> None:
+        super().__init__(point)
+        if point.implementation not in MODEL_IMPLEMENTATIONS:
+            raise Unfit(f"a model has no implementation {point.implementation!r}: {', '.join(MODEL_IMPLEMENTATIONS)}")
+        for name in point.case:
+            if name not in MODEL_CASE:
+                raise Unfit(f"a model has no {name!r}: it has {', '.join(MODEL_CASE)}")
+        if point.implementation == "compiled" and (why := REQUIREMENTS["compiler"](self.device)):
+            raise Unfit(why)
+        self.video = video
+        self.shapes = models.input_shapes(point.workload, **self._sizes())
+        torch.manual_seed(0)
+        try:
+            model = models.create(point.workload, **self._options())
+        except ValueError as error:
+            raise Unfit(str(error)) from None
+        if point.mode == "stream" and not hasattr(model, "step"):
+            raise Unfit(f"{point.workload} has no streaming step")
+        self.model = model.to(self.device, self.dtype).train(point.mode == "train")
+        if point.memory_format == "channels_last":
+            self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.call: Callable[..., Any] = self.model.step if point.mode == "stream" else self.model
+        if point.implementation == "compiled":
+            self.call = torch.compile(self.call, dynamic=False)
+
+    def _options(self) -> dict[str, Any]:
+        """What the model is made with."""
+        options = {k: v for k, v in self.point.case.items() if k not in ("batch_size", "height", "width", "video")}
+        if "height" in self.point.case:
+            options["input_size"] = (self.point.case["height"], self.point.case["width"])
+        return options
+
+    def _sizes(self) -> dict[str, Any]:
+        """What its inputs' shapes follow from."""
+        names = ("batch_size", "clip_length", "height", "width", "input_features")
+        return {name: self.point.case[name] for name in names if name in self.point.case}
+
+    def _inputs(self, seed: int) -> list[Tensor]:
+        """Noise, or clips of the video, in dtype, layout and place; the two seeds take other noise, or mirrored clips."""
+        if self.video is None:
+            generator = torch.Generator().manual_seed(seed)
+            made = [torch.randn(shape, generator=generator) for shape in self.shapes.values()]
+        else:
+            made = model_inputs(self.video, self.shapes)
+            if seed == CHECK_SEED:
+                made = [tensor.flip(-1) for tensor in made]
+        placed = [tensor.to(self.device, self.dtype) for tensor in made]
+        if self.point.memory_format == "channels_last":
+            return [t.contiguous(memory_format=torch.channels_last_3d) if t.dim() == 5 else t for t in placed]
+        return placed
+
+    def _frames(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The clip's frames in turn: of features (N, T, F) and of clips (N, C, T, H, W)."""
+        (clip,) = inputs
+        return [frame.contiguous() for frame in clip.unbind(1 if clip.dim() == 3 else 2)]
+
+    def cost(self) -> Cost:
+        params = sum(parameter.numel() for parameter in self.model.parameters())
+        model = copy.deepcopy(self.model).to("meta")
+        shapes = list(self.shapes.values())
+        if self.point.mode == "stream":
+            frames = self._frames([torch.empty(shapes[0], device="meta")])
+            model, shapes = _Step(model), [tuple(frames[0].shape)]
+        return Cost(counting.count_model(model.float(), shapes, train=self.point.mode == "train"), params)
+
+    def check(self) -> Error:
+        inputs = self._inputs(CHECK_SEED)
+        key = (
+            self.point.workload,
+            self.point.mode,
+            self.point.dtype,
+            self.point.device,
+            tuple(self.point.case.items()),
+        )
+        want, eager = ORACLE.get(key, lambda: self._oracle(inputs))
+        got = self._outputs(self.model, self.call, inputs)
+        error = self._compare(got, want, eager)
+        gate = error.gate
+        failures = []
+        if not error.output <= gate:
+            failures.append(f"output error {error.output:.2e} exceeds {gate:.1e}")
+        if error.weight_gradient is not None and not error.weight_gradient <= GRADIENT_FACTOR * gate:
+            failures.append(f"gradient error {error.weight_gradient:.2e} exceeds {GRADIENT_FACTOR * gate:.1e}")
+        if failures:
+            raise CheckFailed("; ".join(failures), error)
+        return error
+
+    def _oracle(self, inputs: list[Tensor]) -> tuple[list[Tensor], Error]:
+        """The model in float64 on the CPU, and the error of the eager one."""
+        exact = copy.deepcopy(self.model).to("cpu", torch.float64)
+        want = self._outputs(exact, exact, [tensor.cpu().double() for tensor in inputs], whole_clip=True)
+        eager = self.model.step if self.point.mode == "stream" else self.model
+        return want, self._compare(self._outputs(self.model, eager, inputs), want, None)
+
+    def _compare(self, got: list[Tensor], want: list[Tensor], eager: Error | None) -> Error:
+        errors = [checking.relative_error(g.cpu(), w) for g, w in zip(got, want, strict=True)]
+        gate = MODEL_GATES[self.point.dtype]
+        return Error(
+            output=errors[0],
+            gate=max(gate, 2 * eager.output) if eager and eager.output < 10 * gate else gate,
+            weight_gradient=errors[1] if len(errors) > 1 else None,
+            library=eager.output if eager else None,
+        )
+
+    def _outputs(
+        self, model: nn.Module, call: Callable[..., Any], inputs: list[Tensor], *, whole_clip: bool = False
+    ) -> list[Tensor]:
+        """[logits], in training also all gradients in one vector; dropout is off, its noise being no error."""
+        if self.point.mode == "stream" and not whole_clip:
+            state, logits = None, torch.empty(0)
+            with torch.no_grad():
+                for frame in self._frames(inputs):
+                    logits, state = call(frame, state)
+            return [logits]
+        if self.point.mode != "train":
+            with torch.no_grad():
+                return [call(*inputs)]
+        dropouts = {module: module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)}
+        for module in dropouts:
+            module.p = 0.0
+        logits = call(*inputs)
+        gradients = torch.autograd.grad(_loss(logits), list(model.parameters()), allow_unused=True)
+        for module, p in dropouts.items():
+            module.p = p
+        return [logits.detach(), torch.cat([g.flatten() for g in gradients if g is not None])]
+
+    def prepare(self) -> Callable[[], Any]:
+        inputs = self._inputs(TIMED_SEED)
+        call = self.call
+        if self.point.mode == "stream":
+            return streamer(self._frames(inputs), call)
+        if self.point.mode == "train":
+            # A rate of zero does all the work of a step and leaves the weights as they were checked.
+            optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+
+            def step() -> None:
+                _loss(call(*inputs)).backward()
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+
+            return step
+
+        def forward() -> Any:
+            with torch.inference_mode():
+                return call(*inputs)
+
+        return forward
+
+
+class _Step(nn.Module):
+    """A streaming model's step from the start of a clip, as a module that can be counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, frame: Tensor) -> Tensor:
+        logits: Tensor = self.model.step(frame)[0]  # type: ignore[operator]
+        return logits
+
+
+def _loss(logits: Tensor) -> Tensor:
+    """Cross-entropy against classes 0, 1, 2, … in turn."""
+    targets = torch.arange(len(logits), device=logits.device) % logits.shape[1]
+    return nn.functional.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, targets)
