@@ -42,7 +42,10 @@ def make(folder: Path, points: int, rounds: int, samples: int) -> None:
         fixed={"height": 28, "width": 28, "out_channels": 64, "kernel_size": (3, 3, 3)},
     )
     environment = Environment(
-        "synthetic-2", cores=2, flops_per_s={"cpu/fp32": 1e11}, bytes_per_s={"cpu/1048576": 2e10, "cpu/1073741824": 1e10}
+        "synthetic-2",
+        cores=2,
+        flops_per_s={"cpu/fp32": 1e11},
+        bytes_per_s={"cpu/1048576": 2e10, "cpu/1073741824": 1e10},
     )
     RunWriter.create(folder, suite="scale", sweeps=[sweep], environment=environment, command="report_scale.py").close()
     noise = random.Random(0)

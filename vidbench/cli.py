@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 import vidbench
@@ -67,7 +66,7 @@ def _options(
 
 @app.command()
 def sweep(
-    suite: Annotated[str, typer.Argument(help="A suite: quick, conv3d, conv2plus1d, depthwise, temporal, models, full.")],
+    suite: Annotated[str, typer.Argument(help="quick, conv3d, conv2plus1d, depthwise, temporal, models or full.")],
     axis: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, such as clip_length=8,16. `vidbench list axes`."),
@@ -78,7 +77,7 @@ def sweep(
     dtype: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, fp16, bf16; several with commas.")] = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A model instead of the suite's own; package.module:factory measures yours."),
+        typer.Option(metavar="NAME", help="A model instead of the suite's; package.module:factory measures yours."),
     ] = None,
     video: Annotated[
         Path | None, typer.Option("--input", metavar="VIDEO", help="Take the models' clips from a video file.")
@@ -111,6 +110,9 @@ def sweep(
             video=video,
             progress=show,
         )
+    except KeyboardInterrupt:
+        typer.echo("vidbench: interrupted; what was measured is kept: add --resume --out DIR to go on", err=True)
+        raise typer.Exit(130) from None
     finally:
         show.close()
     counts: dict[str, int] = {}
@@ -133,7 +135,7 @@ def _axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: report/ in the first run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where to; default: report/ in the first run's folder.")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Write report.html, report.md, tables and figures of one or more runs."""
@@ -201,7 +203,6 @@ def _list_ops() -> list[dict[str, Any]]:
 def _list_implementations() -> list[dict[str, Any]]:
     """Each op's implementations, and why one cannot run its default case here."""
     import torch
-
     from vidkernels import OPS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -320,27 +321,14 @@ def _line(measurement: Measurement) -> str:
 
 def main() -> None:
     """Runs the command line; exit code 2 means that the request could not be carried out."""
-    debug = "--debug" in sys.argv
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: in order
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        app()
     except RequestError as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
         print(f"vidbench: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        print("vidbench: interrupted; what was measured is kept: add --resume --out DIR to go on", file=sys.stderr)
-        sys.exit(130)
-
-
-def _terminated(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def describe(device: str, dtypes: Iterable[str]) -> Environment:
         driver=_driver() if cuda else None,
         cuda=torch.version.cuda if cuda else None,
         cudnn=str(cudnn) if cudnn else None,
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         triton=_version("triton"),
         python=platform.python_version(),
         platform=platform.platform(),
@@ -66,17 +66,16 @@ def describe(device: str, dtypes: Iterable[str]) -> Environment:
 
 
 def ceilings(environment: Environment, device: str, dtype: str, footprint: int | None, *, cold: bool) -> Ceilings:
-    """The ceilings for a point: its dtype's product, and the copy of the largest footprint within its own.
+    """The ceilings for a point: its dtype's product, and the best copy of its footprint or a larger one.
 
-    A working set that stays in a cache between calls may exceed the memory's rate, so a hot point is held against the
-    copy of its own size. An unknown footprint (a whole model) takes the slowest copy's.
+    A working set that stays in a cache between calls may exceed the memory's rate, so a hot point is held against
+    copies of its own size. A cold one, and a whole model, whose footprint is not known, against the largest copy.
     """
     rates = {int(key.split("/")[1]): rate for key, rate in environment.bytes_per_s.items() if key.startswith(device)}
-    fitting = [size for size in rates if footprint is not None and not cold and size <= footprint]
-    if footprint is not None and not cold and not fitting:
-        fitting = [min(rates)]
-    size = max(fitting or rates)
-    return Ceilings(environment.flops_per_s[f"{device}/{dtype}"], rates[size])
+    largest = max(rates)
+    within = largest if cold or footprint is None else max((size for size in rates if size <= footprint), default=0)
+    copy_rate = max(rate for size, rate in rates.items() if size >= within)
+    return Ceilings(environment.flops_per_s[f"{device}/{dtype}"], copy_rate)
 
 
 def raise_ceilings(environment: Environment, device: str, dtype: str) -> Environment:

@@ -52,6 +52,19 @@ class Samples:
     calls_per_sample: int = 1
 
 
+class Stopwatch:
+    """Adds up the time of the `with` blocks it is used for."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+
 Sampler = Callable[[Callable[[], Any], "Timer", Budget], Samples]
 
 
@@ -153,15 +166,17 @@ def measure(
         be) or oom. Whatever else the workload raises is the caller's to record.
     """
     started = time.perf_counter()
+    spent = Stopwatch()
 
     def row(status: Any, reason: str = "", **fields: Any) -> Measurement:
-        return Measurement(point, round, status, reason, wall_s=time.perf_counter() - started, **fields)
+        wall = time.perf_counter() - started
+        return Measurement(point, round, status, reason, wall_s=wall, overhead_s=wall - spent.seconds, **fields)
 
     if point.implementation == "compiled":
         torch._dynamo.reset()
     try:
         with precision(point.dtype):
-            return _measure(point, environment, budget or Budget(), video, sampler, costs, row)
+            return _measure(point, environment, budget or Budget(), video, sampler, costs, row, spent)
     except Unfit as why:
         return row("skipped", str(why))
     except CheckFailed as wrong:
@@ -186,23 +201,28 @@ def _measure(
     sampler: Sampler,
     costs: dict[str, Cost] | None,
     row: Callable[..., Measurement],
+    spent: Stopwatch,
 ) -> Measurement:
     _reset_peak_resident()
-    work = workload(point, video)
-    cost = _cost(point, work, costs)
-    work.check()
-
-    call = work.prepare()
+    with spent:
+        work = workload(point, video)
+        cost = _cost(point, work, costs)
+        call = work.prepare()
     timer = Timer(point.device, point.regime)
-    cold_start, _ = timer(call)
+    with spent:
+        cold_start, _ = timer(call)
+        work.check()  # on inputs other than the first call's, so that a cached answer is a wrong one
     memory = _memory(point.device, call)
     if point.regime == "graph":
         call = _captured(call)
-    warm_up(call, timer, seconds=2 * budget.seconds)
+    with spent:
+        warm_up(call, timer, seconds=2 * budget.seconds)
     cpu_before = psutil.cpu_times()
-    samples = sampler(call, timer, budget)
+    with spent:
+        samples = sampler(call, timer, budget)
     steal = _steal(cpu_before)
-    error = work.check()
+    with spent:
+        error = work.check()
 
     median = statistics.median(samples.device_s)
     held = None
@@ -347,7 +367,8 @@ def _steal(before: Any) -> float:
 
 def _trust(samples: Samples, steal: float) -> tuple[Trust, tuple[str, ...]]:
     """good, fair or poor, with every reason against."""
-    fair, poor = [], []
+    fair: list[str] = []
+    poor: list[str] = []
     low, high = median_interval(samples.device_s)
     median = statistics.median(samples.device_s)
     half = (high - low) / 2 / median

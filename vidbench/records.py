@@ -110,6 +110,8 @@ class Measurement:
     trust_reasons: tuple[str, ...] = ()
     wall_s: float | None = None
     """What the point cost in all, checks included."""
+    overhead_s: float | None = None
+    """The part of `wall_s` that is neither checking, counting, allocating, warming up nor sampling."""
 
     @property
     def median_s(self) -> float | None:

@@ -179,7 +179,8 @@ class Sweep:
                 continue
             fields = {name: str(chosen.pop(name)) for name in POINT_AXES if name in chosen}
             if (size := chosen.pop("input_size", None)) is not None:
-                chosen["height"] = chosen["width"] = size
+                chosen.setdefault("height", size)
+                chosen.setdefault("width", size)
             yield Point(self.workload, self.kind, case=chosen, **fields)
 
     def override(self, axes: Mapping[str, tuple[Value, ...]]) -> Sweep:
@@ -187,8 +188,6 @@ class Sweep:
         gone = set(axes)
         if "input_size" in axes:
             gone |= {"height", "width"}
-        if gone & {"height", "width"}:
-            gone.add("input_size")
         kept = {name: values for name, values in self.axes.items() if name not in gone}
         fixed = {name: value for name, value in self.fixed.items() if name not in gone}
         return replace(self, axes={**kept, **axes}, fixed=fixed)

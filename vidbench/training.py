@@ -192,7 +192,7 @@ def train_and_test(
         started = time.perf_counter()
         train(
             model,
-            task.batches(batch_size=recipe.batch_size, seed=seed),
+            task.batches(batch_size=recipe.batch_size, seed=seed, step=task.num_classes + 1),
             steps=recipe.steps,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,

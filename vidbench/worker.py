@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from typing import Any
 
 import msgspec
@@ -145,17 +146,20 @@ def _become_worker(connection_fd: int, log_fd: int) -> None:
     faulthandler.enable(all_threads=False)
     # Compilation in this process: a pool of compilers would outlive the point and disturb the next one's time.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    with contextlib.suppress(OSError):
-        # Where memory runs out, the kernel should take this process rather than the engine.
-        with open("/proc/self/oom_score_adj", "w") as score:
-            score.write("900")
+    # Where memory runs out, the kernel should take this process rather than the engine.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("900")
     connection = socket.socket(fileno=connection_fd)
+    status = 1
     try:
         _work(connection)
+        status = 0
+    except Exception:  # noqa: BLE001  the end of this process; the engine reads its log
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 def _work(connection: socket.socket) -> None:

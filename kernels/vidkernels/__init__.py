@@ -71,7 +71,7 @@ def conv3d(
         implementation: A name in `OPS["conv3d"].implementations`.
 
     Returns:
-        (N, C_out, T', H', W'), dtype of x; T' = ⌊(T + 2·padding − dilation·(kT − 1) − 1) / stride⌋ + 1, H', W' likewise.
+        (N, C_out, T', H', W'), dtype of x; T' = ⌊(T + 2·padding − dilation·(kT−1) − 1) / stride⌋ + 1, H', W' likewise.
 
     Raises:
         ValueError: Shapes that do not fit together, or an unknown implementation.

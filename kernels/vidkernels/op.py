@@ -40,9 +40,11 @@ class Tolerance:
     """The largest relative Frobenius errors against float64 that pass."""
 
     forward: float
-    """Outputs and the input's gradient."""
+    """Outputs."""
     weight_gradient: float
-    """Gradients of weights, which sum over all positions; twice the library's own error passes as well."""
+    """Gradients of weights, which sum over all positions. Twice the library's own error passes for every gradient."""
+    input_gradient: float | None = None
+    """Gradient of the activation; None: as `forward`."""
 
 
 TOLERANCES: dict[str, Tolerance] = {
@@ -52,6 +54,16 @@ TOLERANCES: dict[str, Tolerance] = {
     "fp16": Tolerance(1e-3, 1e-3),
     "bf16": Tolerance(5e-3, 5e-3),
 }
+
+RELU_TOLERANCES: dict[str, Tolerance] = {
+    "fp64": Tolerance(1e-12, 1e-7, 1e-7),
+    "fp32": Tolerance(2e-6, 5e-4, 5e-4),
+    "tf32": Tolerance(1.2e-3, 3e-2, 3e-2),
+    "fp16": Tolerance(1e-3, 4e-2, 4e-2),
+    "bf16": Tolerance(5e-3, 1e-1, 1e-1),
+}
+"""Where a ReLU stands inside the op: an error e before it lets a share of about e of its elements change sides, and
+each of them changes its whole gradient, so the gradient's error is about √e."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,10 +58,12 @@ class LocalEngine:
         """
         worker = self._ready()
         protocol.send(worker.connection, protocol.Describe(device, dtypes, dict(workloads)))
-        answer = self._answer(worker, protocol.Description, START_TIMEOUT_S)
+        try:
+            answer = self._answer(worker, protocol.Description, START_TIMEOUT_S)
+        except TimeoutError:
+            raise RequestError(f"this machine could not be described within {START_TIMEOUT_S:g} s") from None
         if answer is None:
-            _, reason = self._bury(hung=self._alive(worker))
-            raise RequestError(f"this machine could not be described: {reason}")
+            raise RequestError(f"this machine could not be described: {self._bury()[1]}")
         if answer.environment is None:
             raise RequestError(answer.refusal)
         return answer.environment, answer.implementations
@@ -79,14 +81,17 @@ class LocalEngine:
                 worker.adopted = environment
             protocol.send(worker.connection, protocol.Task(point, round, seconds, video))
             answer: Measurement | None = self._answer(worker, Measurement, self.timeout_s)
+        except TimeoutError:
+            self._kill(worker)
+            reason = f"no result within {self.timeout_s:g} s"
+            return Measurement(point, round, "timeout", reason, wall_s=time.perf_counter() - started)
         except (BrokenPipeError, ConnectionResetError):
             answer = None
         if answer is not None:
             if point.implementation == "compiled":
                 self.retire()  # compiled code and its caches belong to one point
-            return answer
-        hung = time.perf_counter() - started >= self.timeout_s
-        status, reason = self._bury(hung=hung, oom_kills=oom_kills)
+            return _with_transport(answer, time.perf_counter() - started)
+        status, reason = self._bury(oom_kills)
         return Measurement(point, round, status, reason, wall_s=time.perf_counter() - started)
 
     def retire(self) -> None:
@@ -98,11 +103,7 @@ class LocalEngine:
     def close(self) -> None:
         """Ends the worker and the server."""
         if self._worker is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._worker.pid, signal.SIGKILL)
-            self._worker.connection.close()
-            self._worker.log.close()
-            self._worker = None
+            self._kill(self._worker)
         if self._server is not None:
             self._control.close()
             self._server.kill()
@@ -115,7 +116,7 @@ class LocalEngine:
             self._start_server()
         if self._worker is None:
             ours, theirs = socket.socketpair()
-            log = tempfile.TemporaryFile()
+            log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
             protocol.send(self._control, ["fork"], fds=(theirs.fileno(), log.fileno()))
             pid = protocol.receive(self._control, int)
             theirs.close()
@@ -139,39 +140,38 @@ class LocalEngine:
             raise RequestError("the server of the workers did not start; its last words are above")
 
     def _answer(self, worker: _Worker, kind: Any, timeout_s: float) -> Any:
-        """The worker's answer; None when it died or the time is over."""
+        """The worker's answer; None when it died.
+
+        Raises:
+            TimeoutError: The time is over.
+        """
         readable, _, _ = select.select([worker.connection], [], [], timeout_s)
         if not readable:
-            return None
+            raise TimeoutError
         try:
             return protocol.receive(worker.connection, kind)
         except ConnectionResetError:
             return None
 
-    def _alive(self, worker: _Worker) -> bool:
-        return Path(f"/proc/{worker.pid}").exists()
+    def _kill(self, worker: _Worker) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGKILL)
+        self._reap(worker)
 
-    def _bury(self, *, hung: bool, oom_kills: int | None = None) -> tuple[Status, str]:
-        """Ends a worker that gave no answer; the status and reason for its point."""
+    def _bury(self, oom_kills: int | None = None) -> tuple[Status, str]:
+        """What ended a worker that hung up without an answer, as a status and a reason."""
         worker = self._worker
         assert worker is not None  # only called with one at work
-        if hung:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
         worker.log.seek(0)
-        words = worker.log.read()[-4000:].decode(errors="replace")
+        words = _last_words(worker.log.read()[-4000:].decode(errors="replace"))
         status = self._reap(worker)
-        if hung:
-            return "timeout", f"no result within {self.timeout_s:g} s"
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            name = signal.Signals(number).name
-            if number == signal.SIGKILL:
-                if oom_kills is not None and (_oom_kills() or 0) > oom_kills:
-                    return "oom", "killed by the kernel: out of memory"
-                return "crashed", "killed by SIGKILL from outside"
-            return "crashed", f"{name}{_last_words(words)}"
-        return "crashed", f"the worker ended with exit code {os.WEXITSTATUS(status)}{_last_words(words)}"
+        if not os.WIFSIGNALED(status):
+            return "crashed", f"the worker ended with exit code {os.WEXITSTATUS(status)}{words}"
+        if os.WTERMSIG(status) != signal.SIGKILL:
+            return "crashed", f"{signal.Signals(os.WTERMSIG(status)).name}{words}"
+        if oom_kills is not None and (_oom_kills() or 0) > oom_kills:
+            return "oom", "killed by the kernel: out of memory"
+        return "crashed", "killed by SIGKILL from outside"
 
     def _reap(self, worker: _Worker) -> int:
         """Waits for the worker's end; its wait status."""
@@ -181,6 +181,14 @@ class LocalEngine:
         protocol.send(self._control, ["wait", worker.pid])
         status: int | None = protocol.receive(self._control, int)
         return 0 if status is None else status
+
+
+def _with_transport(measurement: Measurement, elapsed_s: float) -> Measurement:
+    """The measurement with the time between asking and having it added to the harness's own."""
+    if measurement.overhead_s is None or measurement.wall_s is None:
+        return measurement
+    transport = elapsed_s - measurement.wall_s
+    return replace(measurement, wall_s=elapsed_s, overhead_s=measurement.overhead_s + transport)
 
 
 def _oom_kills() -> int | None:
@@ -194,8 +202,9 @@ def _oom_kills() -> int | None:
 
 
 def _last_words(log: str) -> str:
-    """Where a crashed worker was, from what it wrote last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    """From what a dead worker wrote last: the innermost place of a fatal error, else the last line."""
+    lines = [line.strip() for line in log.partition("Fatal Python error")[2].splitlines() if line.strip()]
     places = [line for line in lines if line.startswith("File ")]
-    words = places[0] if places else (lines[-1] if lines else "")
-    return f": {words[:REASON_CHARACTERS]}" if words else ""
+    others = [line.strip() for line in log.splitlines() if line.strip()]
+    words = places[:1] or others[-1:]
+    return f": {words[0][:REASON_CHARACTERS]}" if words else ""

@@ -64,13 +64,23 @@ _AT = "vidbench.models"
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
+        ModelSpec("single_frame", f"{_FUSION}:SingleFrame", "frame_level", _KARPATHY, 1, 170, temporal=False),
         ModelSpec("frame_pool_avg", f"{_FRAME_POOL}:frame_pool_avg", "frame_level", _TSN, 16, 224, temporal=False),
         ModelSpec("frame_pool_max", f"{_FRAME_POOL}:frame_pool_max", "frame_level", _SNIPPETS, 16, 224, temporal=False),
+        ModelSpec("early_fusion", f"{_FUSION}:EarlyFusion", "fusion", _KARPATHY, 10, 170),
+        ModelSpec("late_fusion", f"{_FUSION}:LateFusion", "fusion", _KARPATHY, 16, 170),
+        ModelSpec("slow_fusion", f"{_FUSION}:SlowFusion", "fusion", _KARPATHY, 10, 170),
+        ModelSpec("two_stream", f"{_AT}.two_stream:TwoStream", "two_stream", _TWO_STREAM, 11, 224, ("rgb", "flow")),
         ModelSpec("cnn_rnn", f"{_RECURRENT}:CnnRnn", "recurrent", _LRCN, 16, 224, streams=True),
         ModelSpec("cnn_lstm", f"{_RECURRENT}:CnnLstm", "recurrent", _LRCN, 16, 224, streams=True),
         ModelSpec("cnn_tcn", f"{_AT}.tcn:CnnTcn", "tcn", _TCN, 16, 224, streams=True),
         ModelSpec("tcn", f"{_AT}.tcn:Tcn", "tcn", _TCN, 64, 224, ("features",), streams=True),
         ModelSpec("c3d", f"{_AT}.c3d:C3D", "3d", _C3D, 16, 112),
+        ModelSpec("i3d_rgb", f"{_AT}.i3d:i3d_rgb", "3d", _I3D, 64, 224),
+        ModelSpec("i3d_flow", f"{_AT}.i3d:i3d_flow", "3d", _I3D, 65, 224, ("flow",)),
+        ModelSpec("r3d_18", f"{_VIDEO_RESNET}:r3d_18", "3d", _R2PLUS1D, 16, 112),
+        ModelSpec("mc3_18", f"{_VIDEO_RESNET}:mc3_18", "3d", _R2PLUS1D, 16, 112),
+        ModelSpec("r2plus1d_18", f"{_VIDEO_RESNET}:r2plus1d_18", "(2+1)d", _R2PLUS1D, 16, 112),
     )
 }
 """Every model by name."""
@@ -79,9 +89,17 @@ INPUT_FEATURES = 256
 """Features per frame that a model on features takes where nothing else is asked for."""
 
 _RAISED = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, TypeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
     ValueError,
-)  # fmt: skip
+)
 """What building a model may raise for reasons of its arguments or of its own code."""
 
 
@@ -91,7 +109,7 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def _load(path: str) -> Callable[..., Any]:
+def load_factory(path: str) -> Callable[..., Any]:
     """What `package.module:attribute` names.
 
     Raises:
@@ -172,7 +190,7 @@ def create(
             cannot be imported, raises, or makes no `torch.nn.Module`.
     """
     spec = spec_of(name)
-    factory = _load(spec.factory)
+    factory = load_factory(spec.factory)
     accepts = _accepted(factory)
     own = name in MODELS
     arguments: dict[str, Any] = {
@@ -215,7 +233,7 @@ def input_shapes(
     width: int | None = None,
     input_features: int | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of what a model's `forward` takes, in order: rgb (N, 3, T, H, W), flow (N, 2, T-1, H, W), features (N, T, F).
+    """Shapes of what a model's `forward` takes, in order, by the names of `Input`.
 
     Args:
         name: As for `create`; a user's model takes rgb.

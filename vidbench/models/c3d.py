@@ -38,7 +38,7 @@ class C3D(nn.Module):
         super().__init__()
         self.clip_length, self.frame = clip_length, height_width(input_size)
         c64, c128, c256, c512, c4096 = (scaled(c, width_multiplier) for c in (64, 128, 256, 512, 4096))
-        sizes = (clip_length, *self.frame)
+        sizes: tuple[int, ...] = (clip_length, *self.frame)
 
         def pool(sizes: tuple[int, ...], kernel: tuple[int, ...], pad: int = 0) -> tuple[nn.MaxPool3d, tuple[int, ...]]:
             kernel = tuple(min(k, size) for k, size in zip(kernel, sizes, strict=True))
@@ -69,9 +69,7 @@ class C3D(nn.Module):
     def _initialise(self) -> None:
         """He initialisation: eight convolutions without batch norm do not train from PyTorch's default."""
         for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            elif isinstance(module, nn.Linear) and module is not self.fc8:
+            if isinstance(module, (nn.Conv3d, nn.Linear)) and module is not self.fc8:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

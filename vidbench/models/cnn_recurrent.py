@@ -86,7 +86,7 @@ class CnnLstm(_CnnRecurrent):
         num_classes: Classes told apart.
         input_size: Pixels of a frame, or (H, W).
         width_multiplier: Factor on every channel count and on the hidden size.
-        hidden_size: Width of the recurrent state; 256, as the paper's RGB network, times the multiplier where not given.
+        hidden_size: Width of the recurrent state; 256 (the paper's RGB network) times the multiplier where not given.
 
     Source: arXiv:1411.4389, §4.
     """

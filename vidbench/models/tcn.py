@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from vidkernels.shapes import tcn_receptive_field
 
 from vidbench.models.resnet2d import ResNet18
 from vidbench.models.sizes import FrameSize, scaled
-from vidkernels.shapes import tcn_receptive_field
 
 
 class TcnState(NamedTuple):
@@ -33,21 +33,22 @@ class CausalConv1d(nn.Conv1d):
         self.reach = (kernel_size - 1) * dilation
         """Frames back that the oldest tap meets."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, T) → (N, out_channels, T)."""
-        return super().forward(F.pad(x, (self.reach, 0)))
+    def forward(self, x: Tensor, ring: Tensor | None = None, t: int = 0) -> Tensor:
+        """(N, C, T) → (N, out_channels, T).
 
-    def ring(self, x: Tensor) -> Tensor:
-        """The past before the first frame: zeros, as the padding of a whole clip."""
-        return x.new_zeros(x.shape[0], self.in_channels, self.reach)
-
-    def step(self, x: Tensor, ring: Tensor, t: int) -> Tensor:
-        """Frame t, (N, C), from the ring of its past, into which it is written → (N, out_channels)."""
+        With a ring: frame t of a stream, (N, C) → (N, out_channels); the frame is written into the ring of its past.
+        """
+        if ring is None:
+            return super().forward(F.pad(x, (self.reach, 0)))
         past = [ring[:, :, (t - back) % self.reach] for back in range(self.reach, 0, -self.dilation[0])]
         window = torch.stack((*past, x), dim=2)
         if self.reach:
             ring[:, :, t % self.reach] = x
         return F.conv1d(window, self.weight, self.bias).squeeze(2)
+
+    def ring(self, x: Tensor) -> Tensor:
+        """The past before the first frame: zeros, as the padding of a whole clip."""
+        return x.new_zeros(x.shape[0], self.in_channels, self.reach)
 
 
 class TemporalBlock(nn.Module):
@@ -83,8 +84,8 @@ class TemporalBlock(nn.Module):
 
     def step(self, x: Tensor, rings: Sequence[Tensor], t: int) -> Tensor:
         """Frame t, (N, C) → (N, out_channels); `rings` are those of the two convolutions."""
-        y = self.dropout1(self.relu(self.conv1.step(x, rings[0], t)))
-        y = self.dropout2(self.relu(self.conv2.step(y, rings[1], t)))
+        y = self.dropout1(self.relu(self.conv1(x, rings[0], t)))
+        y = self.dropout2(self.relu(self.conv2(y, rings[1], t)))
         residual = x if self.downsample is None else self.downsample(x.unsqueeze(2)).squeeze(2)
         out: Tensor = self.relu(y + residual)
         return out

@@ -49,7 +49,7 @@ def load_weights(module: nn.Module, path: str | PathLike[str], *, replace_head: 
         heads = tuple(f"{head}." for head in getattr(module, "heads", ()))
         if not heads:
             raise RequestError(
-                f"replace_head: {type(module).__name__} names no classifier; give it an attribute such as heads = ('fc',)"
+                f"replace_head: {type(module).__name__} names no classifier; give it heads = ('fc',) or the like"
             )
         given = {name: tensor for name, tensor in given.items() if not name.startswith(heads)}
         given.update({name: tensor for name, tensor in own.items() if name.startswith(heads)})

@@ -51,7 +51,6 @@ def over(
         return None
     parts, left_out = style.capped(style.facets(rows, by))
     colours = style.colours_of(frame, colours)
-    fits = _fits(rows, x) if exponents else {}
     runs = {run: style.DASHES[i % 4] for i, run in enumerate(rows["run_id"].unique())}
     factor, unit = SCALE[metric]
     with style.styled():
@@ -60,8 +59,8 @@ def over(
             entries = 0
             for (implementation, run), line in part.groupby(["implementation", "run_id"], sort=True):
                 label = str(implementation)
-                if (fit := fits.get(_series_key(line.iloc[0], x))) is not None:
-                    label += f"  ∝ {SYMBOL[x]}$^{{{fit[0]:.2f}}}$" + ("" if fit[1] is None else f" ±{fit[1]:.2f}")
+                if exponents:
+                    label += _exponent(line, x)
                 if len(runs) > 1:
                     label += f"  ({run})"
                 draw_line(ax, line, x, metric, factor, colours[str(implementation)], runs[run], label)
@@ -79,19 +78,15 @@ def dim_note(rows: pd.DataFrame) -> str:
     return "Hollow: trust is poor" if (rows["trust"] == "poor").any() else ""
 
 
-def _series_key(row: pd.Series, x: str) -> tuple[str, ...]:
-    names = [name for name in row.index if name in (*POINT_COLUMNS, "run_id") or name in case_columns(row.to_frame().T)]
-    return tuple(str(row[name]) for name in names if name != x)
-
-
-def _fits(rows: pd.DataFrame, x: str) -> dict[tuple[str, ...], tuple[float, float | None]]:
-    """The fitted exponent and half its interval, by what is fixed in a series."""
-    found = {}
-    for _, fit in scaling_exponents(rows, x).dropna(subset=["exponent"]).iterrows():
-        fixed = fit.drop(["points", "exponent", "standard_error", "exponent_low", "exponent_high"])
-        half = float(fit["exponent_high"] - fit["exponent"])
-        found[_series_key(fixed, x)] = (float(fit["exponent"]), half if half < 9.995 else None)
-    return found
+def _exponent(line: pd.DataFrame, x: str) -> str:
+    """The fitted exponent of one series as a legend shows it; empty where it cannot be fitted."""
+    fits = scaling_exponents(line, x).dropna(subset=["exponent"])
+    if len(fits) != 1:
+        return ""
+    exponent, high = float(fits["exponent"].iloc[0]), float(fits["exponent_high"].iloc[0])
+    half = high - exponent
+    superscript = f"{exponent:.2f}".translate(str.maketrans("0123456789.-", "⁰¹²³⁴⁵⁶⁷⁸⁹·⁻"))
+    return f"  ∝ {SYMBOL[x]}{superscript}" + (f" ± {half:.2f}" if half < 9.995 else "")
 
 
 def draw_line(
@@ -118,10 +113,14 @@ def draw_line(
 
 def finish(ax: Axes, part: pd.DataFrame, x: str, title: str, entries: int) -> None:
     """Scales, ticks, title and a legend above the data."""
+    import numpy as np
+
     xs = sorted({float(value) for value in part[x]})
-    ys = [float(y) for drawn in ax.lines for y in drawn.get_ydata()]
-    style.scale_axis(ax, "x", xs, ticks=xs)
-    log = style.scale_axis(ax, "y", ys)
+    ys = [y for drawn in ax.lines for y in np.asarray(drawn.get_ydata(), dtype=float).tolist()]
+    # On axes that are both linear or both log a power law is straight or nearly so; on mixed ones it bends.
+    log = (style.spans(xs) or style.spans(ys)) and min(ys) > 0
+    style.scale_axis(ax, "x", xs, ticks=xs, log=log)
+    style.scale_axis(ax, "y", ys, log=log)
     if not log:
         ax.set_ylim(bottom=0)
     else:

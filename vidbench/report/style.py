@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 INK = "#1f2328"
 MUTED = "#656d76"
 GRID = "#e4e7eb"
-PAPER = "#ffffff"
+PAPER = "#fefefe"
+"""White, but not the white of a mark or a label, which stays white on a dark page."""
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
 """Colours of a figure that the page replaces by its own, so that they turn with dark mode."""
 
@@ -65,12 +66,12 @@ def styled() -> Iterator[None]:
     import matplotlib
     import seaborn
 
-    extra = {
+    extra: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 9,
         "axes.titlesize": 9,
-        "axes.titleweight": "semibold",
+        "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.labelsize": 9,
         "axes.edgecolor": MUTED,
@@ -106,6 +107,9 @@ def panels(count: int, *, width: float = 4.1, height: float = 3.1, columns: int 
     across = min(columns, count)
     rows = math.ceil(count / across)
     figure = Figure(figsize=(max(width * across, 5.2), height * rows), layout="constrained")
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.set(h_pad=0.1, w_pad=0.08)  # type: ignore[call-arg]
     axes = figure.subplots(rows, across, squeeze=False).ravel().tolist()
     for spare in axes[count:]:
         spare.remove()
@@ -118,19 +122,27 @@ def facets(frame: pd.DataFrame, by: Sequence[str]) -> list[tuple[str, pd.DataFra
     parts = []
     for _, part in frame.groupby(list(by), dropna=False, sort=False):
         first = part.iloc[0]
-        siblings = frame[frame["workload"] == first["workload"]] if "workload" in by else frame
-        varied = [n for n in by if n != "workload" and siblings[n].nunique(dropna=False) > 1 and first[n] == first[n]]
-        told = [short(name, first[name]) for name in varied if not _missing(first[name])]
-        head = [str(first["workload"])] if "workload" in by else []
+        siblings = frame
+        for name in ("workload", "kind"):
+            siblings = siblings[siblings[name] == first[name]] if name in by else siblings
+        heads = [
+            name for name in ("workload", "kind") if name in by and frame[name].nunique() > 1 or name == "workload"
+        ]
+        varied = [n for n in by if n not in ("workload", "kind") and siblings[n].nunique(dropna=False) > 1]
+        told = [short(name, first[name]) for name in varied if not missing(first[name])]
+        head = [KINDS.get(str(first[name]), str(first[name])) for name in heads if name in by]
         parts.append((" · ".join(head + told), part))
     return parts
 
 
-def _missing(value: object) -> bool:
+def missing(value: object) -> bool:
+    """Whether a cell is NA, None or NaN."""
     import pandas as pd
 
     return value is pd.NA or value is None or value != value
 
+
+KINDS = {"op": "kernels", "model": "models", "stage": "pipeline stages", "task": "tasks"}
 
 SHORT = {
     "batch_size": "batch {}",
@@ -185,13 +197,21 @@ def note(figure: Figure, *texts: str) -> None:
         figure.supxlabel(f"{said}.", fontsize=8, color=MUTED, x=0.01, ha="left")
 
 
-def scale_axis(ax: Axes, which: str, values: Sequence[float], *, ticks: Sequence[float] | None = None) -> bool:
-    """A log axis where the values span a factor of eight or more; plain numbers as tick labels. Whether it is log."""
+def spans(values: Sequence[float]) -> bool:
+    """Whether values span so much that only a log axis shows them all: a factor of eight."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) >= 8
+
+
+def scale_axis(
+    ax: Axes, which: str, values: Sequence[float], *, ticks: Sequence[float] | None = None, log: bool | None = None
+) -> None:
+    """Plain numbers as tick labels; log where the values span a factor of eight or more, unless `log` says."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axis = ax.xaxis if which == "x" else ax.yaxis
     positive = [value for value in values if value > 0]
-    log = bool(positive) and len(positive) == len(values) and max(positive) / min(positive) >= 8
+    if log is None:
+        log = spans(values)
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
     if log:
         (ax.set_xscale if which == "x" else ax.set_yscale)("log", base=10)
@@ -206,7 +226,6 @@ def scale_axis(ax: Axes, which: str, values: Sequence[float], *, ticks: Sequence
         step = math.ceil(len(ticks) / 8)
         axis.set_major_locator(FixedLocator(list(ticks)[::-1][::step]))
     axis.set_major_formatter(plain)
-    return log
 
 
 def leave_room(ax: Axes, fraction: float, *, log: bool) -> None:
@@ -231,7 +250,10 @@ def svg(figure: Figure) -> str:
 def inline(text: str, name: str) -> str:
     """An SVG to stand in the page: its own identifiers, transparent, ink and grid in the page's colours."""
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    points = re.search(r'<svg[^>]*? width="([0-9.]+)pt"', text)
+    # Of its natural size or narrower: the letters of all figures are equally large.
+    size = f' style="width: {float(points[1]) * 4 / 3:.0f}px"' if points else ""
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1{size}", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = text.replace(f"fill: {PAPER}", "fill: none")
     for colour, variable in VARIABLES.items():

@@ -28,7 +28,7 @@ def implementations(name: str, kind: str) -> tuple[str, ...]:
         return tuple(OPS[name].implementations)
     if kind == "stage":
         return STAGES[name]
-    models.find(name)
+    models.load_factory(models.spec_of(name).factory)
     return MODEL_IMPLEMENTATIONS if kind == "model" else ("eager",)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from vidkernels.op import REQUIREMENTS
 
 from vidbench import counting, models
 from vidbench.records import Error
-from vidbench.sweep import Point
+from vidbench.sweep import Point, RequestError
 from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
 from vidbench.workload.stages import model_inputs
 
@@ -42,24 +42,27 @@ class ModelWorkload(Workload):
         if point.implementation == "compiled" and (why := REQUIREMENTS["compiler"](self.device)):
             raise Unfit(why)
         self.video = video
-        self.shapes = models.input_shapes(point.workload, **self._sizes())
         torch.manual_seed(0)
         try:
+            self.shapes = models.input_shapes(point.workload, **self._sizes())
             model = models.create(point.workload, **self._options())
-        except ValueError as error:
+        except RequestError as error:
             raise Unfit(str(error)) from None
         if point.mode == "stream" and not hasattr(model, "step"):
             raise Unfit(f"{point.workload} has no streaming step")
         self.model = model.to(self.device, self.dtype).train(point.mode == "train")
         if point.memory_format == "channels_last":
             self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.call: Callable[..., Any] = self.model.step if point.mode == "stream" else self.model
+        self.eager = cast(Callable[..., Any], self.model.step if point.mode == "stream" else self.model)
+        self.call = self.eager
         if point.implementation == "compiled":
-            self.call = torch.compile(self.call, dynamic=False)
+            self.call = torch.compile(self.eager, dynamic=False)
 
     def _options(self) -> dict[str, Any]:
         """What the model is made with."""
-        options = {k: v for k, v in self.point.case.items() if k not in ("batch_size", "height", "width", "video")}
+        options: dict[str, Any] = {
+            k: v for k, v in self.point.case.items() if k not in ("batch_size", "height", "width", "video")
+        }
         if "height" in self.point.case:
             options["input_size"] = (self.point.case["height"], self.point.case["width"])
         return options
@@ -70,7 +73,7 @@ class ModelWorkload(Workload):
         return {name: self.point.case[name] for name in names if name in self.point.case}
 
     def _inputs(self, seed: int) -> list[Tensor]:
-        """Noise, or clips of the video, in dtype, layout and place; the two seeds take other noise, or mirrored clips."""
+        """Noise, or clips of the video, in dtype, layout and place; another seed is other noise, or mirrored clips."""
         if self.video is None:
             generator = torch.Generator().manual_seed(seed)
             made = [torch.randn(shape, generator=generator) for shape in self.shapes.values()]
@@ -107,10 +110,13 @@ class ModelWorkload(Workload):
             tuple(self.point.case.items()),
         )
         want, eager = ORACLE.get(key, lambda: self._oracle(inputs))
-        got = self._outputs(self.model, self.call, inputs)
+        given = [tensor.clone() for tensor in inputs]
+        got = self._outputs(self.model, self.call, given)
         error = self._compare(got, want, eager)
         gate = error.gate
         failures = []
+        if not all(map(torch.equal, given, inputs)):
+            failures.append("the inputs were changed")
         if not error.output <= gate:
             failures.append(f"output error {error.output:.2e} exceeds {gate:.1e}")
         if error.weight_gradient is not None and not error.weight_gradient <= GRADIENT_FACTOR * gate:
@@ -123,8 +129,8 @@ class ModelWorkload(Workload):
         """The model in float64 on the CPU, and the error of the eager one."""
         exact = copy.deepcopy(self.model).to("cpu", torch.float64)
         want = self._outputs(exact, exact, [tensor.cpu().double() for tensor in inputs], whole_clip=True)
-        eager = self.model.step if self.point.mode == "stream" else self.model
-        return want, self._compare(self._outputs(self.model, eager, inputs), want, None)
+        given = [tensor.clone() for tensor in inputs]
+        return want, self._compare(self._outputs(self.model, self.eager, given), want, None)
 
     def _compare(self, got: list[Tensor], want: list[Tensor], eager: Error | None) -> Error:
         errors = [checking.relative_error(g.cpu(), w) for g, w in zip(got, want, strict=True)]
@@ -168,7 +174,7 @@ class ModelWorkload(Workload):
             optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
 
             def step() -> None:
-                _loss(call(*inputs)).backward()
+                torch.autograd.backward(_loss(call(*inputs)))
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
 

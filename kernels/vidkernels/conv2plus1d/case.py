@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from vidkernels.conv3d.case import positive_triple
-from vidkernels.op import Case, Inputs, Op, check_tensor, dtype_name, memory_format_name, wants_gradients
+from vidkernels.op import (
+    RELU_TOLERANCES,
+    Case,
+    Inputs,
+    Op,
+    check_tensor,
+    dtype_name,
+    memory_format_name,
+    wants_gradients,
+)
 from vidkernels.shapes import Shape, Triple, conv2plus1d_macs, conv_sizes, mid_channels, tensor_bytes, triple
 
 
@@ -194,4 +203,5 @@ OP = Op(
     make_inputs=make_inputs,
     macs=lambda case: case.macs,
     bytes_moved=lambda case: case.bytes_moved,
+    tolerances=RELU_TOLERANCES,
 )

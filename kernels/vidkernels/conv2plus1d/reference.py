@@ -33,14 +33,15 @@ def conv2plus1d(
 def batch_norm(hidden: Tensor, bn: BatchNorm, training: bool) -> Tensor:
     """weight · (hidden − mean) / √(var + eps) + bias, over every axis but the channels'."""
     if training:
-        mean = hidden.mean((0, 2, 3, 4))
-        var = hidden.var((0, 2, 3, 4), correction=0)
-        if bn.mean is not None and bn.var is not None and hidden.numel():
+        count = hidden.numel() // hidden.shape[1]
+        mean = hidden.sum((0, 2, 3, 4)) / max(count, 1)
+        squares = ((hidden - mean[:, None, None, None]) ** 2).sum((0, 2, 3, 4))
+        var = squares / max(count, 1)
+        if bn.mean is not None and bn.var is not None and count:
             with torch.no_grad():
                 # The running variance is the unbiased one, though the batch is normalised by the biased.
-                unbiased = hidden.var((0, 2, 3, 4), correction=1)
                 bn.mean.copy_(torch.lerp(wide(bn.mean), mean, bn.momentum))
-                bn.var.copy_(torch.lerp(wide(bn.var), unbiased, bn.momentum))
+                bn.var.copy_(torch.lerp(wide(bn.var), squares / (count - 1), bn.momentum))
     else:
         assert bn.mean is not None  # the case of a call holds it to that
         assert bn.var is not None

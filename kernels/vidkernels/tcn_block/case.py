@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vidkernels.op import Case, Inputs, Op, check_tensor, dtype_name, memory_format_name, wants_gradients
+from vidkernels.op import (
+    RELU_TOLERANCES,
+    Case,
+    Inputs,
+    Op,
+    check_tensor,
+    dtype_name,
+    memory_format_name,
+    wants_gradients,
+)
 from vidkernels.shapes import Shape, tcn_block_macs, tensor_bytes
 
 
@@ -107,7 +117,7 @@ def make_inputs(case: TcnBlockCase, generator: torch.Generator) -> Inputs:
         v = noise(*shape)
         if case.weight_norm:
             return WeightNorm(1 + torch.rand(shape[0], 1, 1, generator=generator), v / v[0].numel() ** 0.5)
-        return v * (2 / v[0].numel()) ** 0.5
+        return v * math.sqrt(2 / v[0].numel())
 
     def bias() -> Tensor | None:
         return 0.5 * noise(case.out_channels) if case.bias else None
@@ -180,4 +190,5 @@ OP = Op(
     make_inputs=make_inputs,
     macs=lambda case: case.macs,
     bytes_moved=lambda case: case.bytes_moved,
+    tolerances=RELU_TOLERANCES,
 )

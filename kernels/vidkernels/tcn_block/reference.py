@@ -14,7 +14,8 @@ from vidkernels.tcn_block.case import OP, TcnState, WeightNorm
 def filters(w: Tensor | WeightNorm) -> Tensor:
     """w = g · v / ‖v‖ (Salimans & Kingma 2016, equation 2)."""
     if isinstance(w, WeightNorm):
-        return w.g * w.v / torch.linalg.vector_norm(w.v, dim=(1, 2), keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(w.v, dim=(1, 2), keepdim=True)
+        return w.g * w.v / length
     return w
 
 

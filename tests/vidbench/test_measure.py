@@ -1,0 +1,254 @@
+"""One point in this process: checks, samples, memory, ceilings, trust. Time is faked where it is the subject."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vidbench import measure as module
+from vidbench.environment import ceilings, describe, precision
+from vidbench.measure import Budget, Samples, Timer, measure, median_interval, sample, warm_up
+from vidbench.records import Environment, Measurement
+from vidbench.sweep import Point
+from vidkernels import OPS
+
+CONV = {"in_channels": 4, "out_channels": 6, "clip_length": 4, "batch_size": 2, "height": 9, "width": 8}
+QUICK = Budget(seconds=0.02)
+
+
+@pytest.fixture(scope="module")
+def environment() -> Environment:
+    return describe("cpu", ["fp32", "fp64"])
+
+
+@pytest.fixture(autouse=True)
+def _user_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def user(name: str, **changes: Any) -> Point:
+    case = {"clip_length": 4, "batch_size": 2, "height": 8, "width": 8}
+    return replace(Point(f"user_models:{name}", "model", "eager", case=case), **changes)
+
+
+def op(**changes: Any) -> Point:
+    return replace(Point("conv3d", "op", "library", case=CONV), **changes)
+
+
+class FakeTimer:
+    """Plays back durations."""
+
+    cuda = False
+
+    def __init__(self, durations: Iterator[float]) -> None:
+        self.durations = durations
+        self.calls = 0
+
+    def __call__(self, call: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
+        self.calls += calls
+        seconds = next(self.durations)
+        return seconds, seconds
+
+
+@pytest.mark.parametrize("mode", ["forward", "train"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_an_op_is_checked_timed_and_counted(environment: Environment, mode: str, memory_format: str) -> None:
+    row = measure(op(mode=mode, memory_format=memory_format), environment, budget=QUICK)
+    assert (row.status, row.reason) == ("ok", "")
+    macs = 2 * 6 * 4 * 9 * 8 * 4 * 27
+    assert row.counts is not None
+    assert row.counts.macs == macs * (3 if mode == "train" else 1)
+    assert row.params == 6 * 4 * 27
+    assert row.error is not None
+    assert 0 < row.error.output < 2e-6
+    assert (row.error.weight_gradient is not None) == (mode == "train")
+    assert row.median_s is not None
+    assert 0 < row.median_s < 10
+
+
+def test_live_and_peak_bytes_are_exact(environment: Environment) -> None:
+    """x, w alive; the output is all that one reference-free call adds, but for the library's own workspace."""
+    point = Point("user_models:tiny", "model", "eager", case={"clip_length": 4, "batch_size": 2, "height": 8, "width": 8})
+    row = measure(point, environment, budget=QUICK)
+    assert row.memory is not None
+    clip, weights = 4 * 2 * 3 * 4 * 8 * 8, 4 * (3 * 400 + 400)
+    assert row.memory.live_before_bytes == clip + weights
+    # mean (2, 3), then logits (2, 400)
+    assert row.memory.peak_bytes - row.memory.live_before_bytes == 4 * 2 * 3 + 4 * 2 * 400
+    assert row.memory.peak_resident_bytes is not None
+    assert row.memory.peak_resident_bytes > row.memory.peak_bytes
+
+
+def test_streaming_frames_equal_the_whole_clip(environment: Environment) -> None:
+    case = {"clip_length": 5, "batch_size": 2, "input_features": 3, "hidden_size": 4}
+    row = measure(Point("lstm", "op", "library", mode="stream", case=case), environment, budget=QUICK)
+    assert row.status == "ok"
+    one_frame = OPS["lstm"].macs(OPS["lstm"].case({**case, "clip_length": 1}))
+    assert row.counts is not None
+    assert row.counts.macs == one_frame
+
+
+@pytest.mark.parametrize(
+    ("point", "reason"),
+    [
+        (op(mode="stream"), "conv3d/library has no streaming step"),
+        (op(case={**CONV, "kernel_size": (9, 1, 1), "padding": 0}), "kernel_size=9"),
+        (op(case={**CONV, "kernel": 3}), "conv3d has no 'kernel': did you mean 'kernel_size'?"),
+        (op(implementation="eager"), "conv3d has no implementation 'eager'"),
+        (op(regime="graph"), "graph replay needs a CUDA device"),
+        (op(dtype="tf32"), "tf32 needs a CUDA device"),
+        (user("tiny", implementation="library"), "a model has no implementation 'library'"),
+        (user("tiny", mode="stream"), "user_models:tiny has no streaming step"),
+        (user("no_module"), "wanted a torch.nn.Module"),
+    ],
+)
+def test_what_cannot_run_is_a_skipped_row_with_why(environment: Environment, point: Point, reason: str) -> None:
+    row = measure(point, environment, budget=QUICK)
+    assert row.status == "skipped"
+    assert reason in row.reason
+    assert not row.samples_s
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_missing_device_is_a_skipped_row(environment: Environment) -> None:
+    assert measure(op(device="cuda"), environment).reason == "no CUDA device is visible to torch"
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [("NotANumber", "output error nan"), ("Caches", "output error"), ("Mutates", "the inputs were changed")],
+)
+def test_wrong_numbers_have_no_latency(environment: Environment, model: str, reason: str) -> None:
+    row = measure(user(model), environment, budget=QUICK)
+    assert row.status == "failed"
+    assert reason in row.reason
+    assert not row.samples_s
+    assert row.error is not None
+
+
+def test_an_op_that_is_wrong_on_the_border_alone_fails(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv3d = OPS["conv3d"]
+
+    def wrong(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor = conv3d["library"].fn(x, *args, **kwargs)
+        inside = y[:, :, 1:-1, 1:-1, 1:-1].clone()
+        y = y * (1 + 3e-6)
+        y[:, :, 1:-1, 1:-1, 1:-1] = inside
+        return y
+
+    monkeypatch.setitem(conv3d.implementations, "wrong", replace(conv3d["library"], name="wrong", fn=wrong))
+    # A fifth of the positions lie on the border: over all of them the error stays below its gate.
+    case = {**CONV, "clip_length": 16, "height": 32, "width": 32}
+    row = measure(op(implementation="wrong", case=case), environment, budget=QUICK)
+    assert row.status == "failed"
+    assert row.reason.startswith("border error")
+
+
+def test_a_time_above_the_ceiling_is_a_fault(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "raise_ceilings", lambda environment, *_: environment)
+
+    def impossible(*_: object) -> Samples:
+        return Samples([1e-12] * 5)
+
+    row = measure(op(), environment, sampler=impossible)
+    assert row.status == "failed"
+    assert "times the device's measured ceiling" in row.reason
+
+
+def test_out_of_memory_is_its_own_status(environment: Environment) -> None:
+    row = measure(op(case={**CONV, "clip_length": 10**9}), environment)
+    assert row.status == "oom"
+    assert "allocate" in row.reason
+
+
+def test_counts_are_shared_between_implementations(environment: Environment) -> None:
+    costs: dict[str, Any] = {}
+    for implementation in ("reference", "library"):
+        for memory_format in ("contiguous", "channels_last"):
+            measure(op(implementation=implementation, memory_format=memory_format), environment, costs=costs)
+    assert len(costs) == 1
+
+
+def test_sampling_stops_when_the_median_is_known() -> None:
+    timer = FakeTimer(iter([1e-3] * 1000))
+    samples = sample(lambda: None, timer, Budget(seconds=60))  # type: ignore[arg-type]
+    assert (samples.stop, len(samples.device_s)) == ("converged", 5)
+
+
+def test_sampling_stops_when_the_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(1000))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now) * 0.1)
+    noisy = iter([1e-3 * (1 + index % 7) for index in range(1000)])
+    samples = sample(lambda: None, FakeTimer(noisy), Budget(seconds=1.0))  # type: ignore[arg-type]
+    assert samples.stop == "budget"
+    assert 5 <= len(samples.device_s) <= 11
+
+
+def test_no_sample_is_dropped() -> None:
+    durations = [1e-3, 9.0, 1e-3, 2e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    samples = sample(lambda: None, FakeTimer(iter([1e-3, *durations])), Budget(most=len(durations), seconds=60))  # type: ignore[arg-type]
+    assert list(samples.device_s) == durations[: len(samples.device_s)]
+    assert 9.0 in samples.device_s
+
+
+def test_short_calls_are_timed_several_at_a_time() -> None:
+    samples = sample(lambda: None, FakeTimer(iter([1e-5] * 100)), Budget())  # type: ignore[arg-type]
+    assert samples.calls_per_sample == 20
+
+
+def test_warm_up_goes_on_while_calls_become_faster() -> None:
+    timer = FakeTimer(iter([8.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]))
+    warm_up(lambda: None, timer, seconds=60)  # type: ignore[arg-type]
+    assert timer.calls == 7
+
+
+def test_median_interval_covers_the_median_nineteen_times_in_twenty() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for _ in range(1000):
+        low, high = median_interval(torch.distributions.Exponential(1.0).icdf(torch.rand(31, generator=generator)).tolist())
+        hits += low <= statistics.NormalDist().mean + 0.6931471805599453 <= high
+    assert hits >= 930
+
+
+def test_a_drifting_device_lowers_trust(environment: Environment) -> None:
+    row = measure(op(), environment, sampler=lambda *_: Samples([0.1 + 0.01 * i for i in range(20)], stop="budget"))
+    assert row.trust != "good"
+    assert any(reason.startswith("drifted") for reason in row.trust_reasons)
+
+
+def test_ceilings_follow_the_footprint() -> None:
+    machine = Environment(
+        "m", flops_per_s={"cpu/fp32": 1e11}, bytes_per_s={"cpu/1000": 5e9, "cpu/100000": 9e9, "cpu/10000000": 2e9}
+    )
+    assert ceilings(machine, "cpu", "fp32", 50_000, cold=False).bytes_per_s == 9e9  # a larger copy is faster still
+    assert ceilings(machine, "cpu", "fp32", 10**8, cold=False).bytes_per_s == 2e9
+    assert ceilings(machine, "cpu", "fp32", 50_000, cold=True).bytes_per_s == 2e9
+    assert ceilings(machine, "cpu", "fp32", None, cold=False).bytes_per_s == 2e9
+
+
+def test_the_cold_regime_flushes_outside_the_timed_span() -> None:
+    timer = Timer("cpu", "cold")
+    assert timer._flush is not None
+    seconds, _ = timer(lambda: None)
+    assert seconds < 1e-3  # the flush itself takes tens of milliseconds
+
+
+def test_precision_puts_the_switches_back() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with precision("tf32"):
+        assert torch.backends.cudnn.allow_tf32
+        with precision("fp32"):
+            assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_measurement_has_a_median_only_with_samples() -> None:
+    assert Measurement(op(), 1, "oom").median_s is None
+    assert Measurement(op(), 1, "ok", samples_s=(3.0, 1.0, 2.0)).median_s == 2.0

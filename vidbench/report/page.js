@@ -1,0 +1,183 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const size = 50;
+  const hidden = new Set(["point", "reason", "trust_reasons", "latency_low_s", "latency_high_s"]);
+  const byName = new Map(data.columns.map((column) => [column.name, column]));
+  const columns = data.columns.filter((column) => !hidden.has(column.name));
+  const isNumber = (column) => column.values !== undefined;
+  const missing = (value) => value === null || value === undefined;
+  const number = (value) => (value === "inf" ? Infinity : value === "-inf" ? -Infinity : value);
+
+  function value(column, row) {
+    if (isNumber(column)) return number(column.values[row]);
+    if (column.codes === undefined) return column.texts[row];
+    const code = column.codes[row];
+    return code < 0 ? null : column.texts[code];
+  }
+
+  function text(column, row) {
+    const found = value(column, row);
+    if (missing(found)) return "–";
+    if (!isNumber(column)) return found;
+    if (!Number.isFinite(found)) return found > 0 ? "∞" : "−∞";
+    if (Number.isInteger(found) && column.unit === "") return String(found);
+    const size = Math.abs(found);
+    if (size !== 0 && size < 1e-3) return found.toExponential(2);
+    if (size >= 1000) return found.toLocaleString("en", { maximumFractionDigits: 0 });
+    return found.toPrecision(3);
+  }
+
+  // Every row's text in lower case, made once, on the first search.
+  let haystack = null;
+  function searchable() {
+    if (haystack === null) {
+      const texts = data.columns.filter((column) => !isNumber(column));
+      haystack = Array.from({ length: data.rows }, (_, row) =>
+        texts.map((column) => value(column, row) ?? "").join("\n").toLowerCase());
+    }
+    return haystack;
+  }
+
+  function column(name) {
+    const wanted = name.toLowerCase();
+    return byName.get(wanted) ??
+      data.columns.find((c) => c.head.toLowerCase() === wanted.replaceAll("_", " "));
+  }
+
+  function condition(word) {
+    const parts = /^([a-z0-9_-]+)(<=|>=|<|>|=)(.+)$/i.exec(word);
+    const of = parts && column(parts[1]);
+    if (of) {
+      const wanted = parts[3].toLowerCase();
+      const limit = Number(wanted);
+      const compare = {
+        "<": (v) => v < limit, ">": (v) => v > limit, "<=": (v) => v <= limit, ">=": (v) => v >= limit,
+        "=": (v) => (isNumber(of) ? v === limit : String(v).toLowerCase() === wanted),
+      }[parts[2]];
+      return (row) => {
+        const found = value(of, row);
+        return !missing(found) && compare(found);
+      };
+    }
+    const wanted = word.toLowerCase();
+    const hay = searchable();
+    return (row) => hay[row].includes(wanted);
+  }
+
+  let order = Array.from({ length: data.rows }, (_, row) => row);
+  let rows = order;
+  let page = 0;
+  let sorted = null;
+  let ascending = true;
+
+  function sort(by) {
+    ascending = sorted === by ? !ascending : true;
+    sorted = by;
+    const keys = order.map((_, index) => value(by, index));
+    const sign = ascending ? 1 : -1;
+    order = order.slice().sort((a, b) => {
+      const left = keys[a];
+      const right = keys[b];
+      // What is missing comes last, whichever way the rest is sorted.
+      if (missing(left) || missing(right)) return missing(left) - missing(right) || a - b;
+      return left < right ? -sign : left > right ? sign : a - b;
+    });
+    filter();
+  }
+
+  const input = document.getElementById("filter");
+  function filter() {
+    const conditions = input.value.split(/\s+/).filter(Boolean).map(condition);
+    rows = conditions.length ? order.filter((row) => conditions.every((holds) => holds(row))) : order;
+    page = 0;
+    draw();
+  }
+
+  const head = document.querySelector("#table thead");
+  const body = document.querySelector("#table tbody");
+  const cell = (kind, content, className) => {
+    const made = document.createElement(kind);
+    if (content !== undefined) made.textContent = content;
+    if (className) made.className = className;
+    return made;
+  };
+
+  function drawHead() {
+    const line = cell("tr");
+    for (const of of columns) {
+      const made = cell("th", of.head, isNumber(of) ? "number" : "");
+      if (of.hint) made.title = of.hint;
+      if (sorted === of) {
+        made.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+        made.append(ascending ? " ↑" : " ↓");
+      }
+      if (of.unit) made.append(cell("small", of.unit));
+      made.tabIndex = 0;
+      made.addEventListener("click", () => sort(of));
+      made.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(of); });
+      line.append(made);
+    }
+    head.replaceChildren(line);
+  }
+
+  function detail(row) {
+    const line = cell("tr", undefined, "detail");
+    const inside = cell("td");
+    inside.colSpan = columns.length;
+    const low = byName.get("latency_low_s");
+    const high = byName.get("latency_high_s");
+    inside.append(cell("p", value(byName.get("point"), row), "key"));
+    if (low && high && !missing(value(low, row)))
+      inside.append(cell("p", `95 % interval of the latency: ${text(low, row)} to ${text(high, row)} ms`));
+    for (const name of ["reason", "trust_reasons"]) {
+      const said = value(byName.get(name), row);
+      if (!missing(said)) inside.append(cell("p", `${name.replace("_", " ")}: ${said}`));
+    }
+    line.append(inside);
+    return line;
+  }
+
+  function draw() {
+    drawHead();
+    const status = byName.get("status");
+    const trust = byName.get("trust");
+    const lines = rows.slice(page * size, (page + 1) * size).map((row) => {
+      const state = value(status, row);
+      const line = cell("tr", undefined, state !== "ok" ? "not-ok" : value(trust, row) === "poor" ? "poor" : "");
+      for (const of of columns) {
+        const made = cell("td", undefined, isNumber(of) ? "number" : "");
+        if (of === status) {
+          made.append(cell("span", state, "status " + state));
+          const reason = value(byName.get("reason"), row);
+          if (!missing(reason)) made.title = reason;
+        } else made.textContent = text(of, row);
+        line.append(made);
+      }
+      line.addEventListener("click", () => {
+        const next = line.nextElementSibling;
+        if (next && next.className === "detail") next.remove();
+        else line.after(detail(row));
+      });
+      return line;
+    });
+    body.replaceChildren(...lines);
+    const pages = Math.max(1, Math.ceil(rows.length / size));
+    document.getElementById("count").textContent = rows.length === data.rows
+      ? `${data.rows.toLocaleString("en")} points`
+      : `${rows.length.toLocaleString("en")} of ${data.rows.toLocaleString("en")} points`;
+    document.getElementById("page").textContent = `${(page + 1).toLocaleString("en")} of ${pages.toLocaleString("en")}`;
+    for (const [id, target] of [["first", 0], ["previous", page - 1], ["next", page + 1], ["last", pages - 1]]) {
+      const button = document.getElementById(id);
+      button.disabled = target < 0 || target >= pages || target === page;
+      button.onclick = () => { page = target; draw(); };
+    }
+  }
+
+  let waiting = 0;
+  input.addEventListener("input", () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(filter, data.rows > 5000 ? 200 : 30);
+  });
+  draw();
+})();
