@@ -26,6 +26,10 @@ KINETICS_STD = (0.22803, 0.22145, 0.216989)
 """Mean and standard deviation of red, green and blue in [0, 1], as torchvision's video models expect them."""
 
 
+TEXT_CODECS = frozenset({"ansi", "bintext", "idf", "xbin"})
+"""FFmpeg draws text files as pictures with these, whatever the text."""
+
+
 class VideoWarning(UserWarning):
     """A file was read, but not as its container promised; the message says in which way."""
 
@@ -76,8 +80,8 @@ def _opened(path: str | Path, threads: int) -> Iterator[tuple[Any, Any]]:
     except PermissionError:
         raise RequestError(f"{file} cannot be read: permission denied") from None
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RequestError(f"{file} is not a video that FFmpeg can open, or it is cut short: {reason}") from None
+        text = f"{file} is not a video that FFmpeg can open, or it is cut short: {_reason(error)}"
+        raise RequestError(text) from None
     with container:
         # A cover picture in a sound file is a video stream to FFmpeg, and not to anyone else.
         cover = av.stream.Disposition.attached_pic
@@ -88,9 +92,16 @@ def _opened(path: str | Path, threads: int) -> Iterator[tuple[Any, Any]]:
         stream = streams[0]
         if stream.codec_context is None:
             raise RequestError(f"{file}: this build of FFmpeg has no decoder for its video stream")
+        if stream.codec_context.name in TEXT_CODECS:
+            raise RequestError(f"{file} is not a video that FFmpeg can open, or it is cut short: it is text")
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = threads
         yield container, stream
+
+
+def _reason(error: Exception) -> str:
+    """What FFmpeg says, without the number and the function that said it."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _frames(container: Any, stream: Any, damaged: list[str]) -> Iterator[Any]:
@@ -103,12 +114,12 @@ def _frames(container: Any, stream: Any, damaged: list[str]) -> Iterator[Any]:
         except StopIteration:
             return
         except (av.FFmpegError, OSError) as error:
-            damaged.append(str(error))
+            damaged.append(_reason(error))
             return
         try:
             frames = packet.decode()
         except (av.FFmpegError, OSError) as error:
-            damaged.append(str(error))
+            damaged.append(_reason(error))
             continue
         yield from frames
 
@@ -152,7 +163,7 @@ def probe(path: str | Path) -> VideoInfo:
                 packets += packet.size > 0
                 keyframes += packet.size > 0 and packet.is_keyframe
         except (_av().FFmpegError, OSError) as error:
-            damaged.append(str(error))
+            damaged.append(_reason(error))
     warning = None
     if info.frames is not None and packets < info.frames:
         warning = f"{path} is cut short: it declares {info.frames} frames and holds {packets}"

@@ -126,7 +126,7 @@ def facets(frame: pd.DataFrame, by: Sequence[str]) -> list[tuple[str, pd.DataFra
         for name in ("workload", "kind"):
             siblings = siblings[siblings[name] == first[name]] if name in by else siblings
         heads = [
-            name for name in ("workload", "kind") if name in by and frame[name].nunique() > 1 or name == "workload"
+            name for name in ("workload", "kind") if (name in by and frame[name].nunique() > 1) or name == "workload"
         ]
         varied = [n for n in by if n not in ("workload", "kind") and siblings[n].nunique(dropna=False) > 1]
         told = [short(name, first[name]) for name in varied if not missing(first[name])]
