@@ -81,7 +81,7 @@ def multiplies_nothing(name: str) -> bool:
     if namespace != "aten":
         return False
     base = operator.rstrip("_").removesuffix("_backward")
-    if base in _NO_PRODUCTS:
+    if base in _NO_PRODUCTS.split():
         return True
     for spelled in (operator, base):
         packet = getattr(torch.ops.aten, spelled, None)
@@ -203,7 +203,7 @@ def _conv_backward(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
     def counted(*mask: bool) -> int:
         return int(formula(*before, groups, mask, *after, out_val=out_shape, **kwargs))
 
-    return counted(of_input, False, False) + counted(False, of_weight, False) // groups
+    return counted(of_input, False, False) + counted(False, of_weight, False) // int(groups)
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
@@ -264,7 +264,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 class _Traceable(TorchFunctionMode):
-    """What the tracer needs: convolutions by the one name that it records and fvcore knows, and sizes that stay integers.
+    """What the tracer needs: convolutions by the one name that it records and fvcore knows, and sizes as integers.
 
     Otherwise it records every sum of sizes in a model, and hands out tensors for them.
     """
@@ -392,7 +392,9 @@ _FVCORE_HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
 
 def _run_fvcore(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[int, tuple[str, ...]]:
     """Multiply-adds of a model on the meta device by fvcore, and the operators that it does not know."""
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fvcore.nn import FlopCountAnalysis
 
     analysis = FlopCountAnalysis(model, inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")

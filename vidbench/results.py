@@ -315,6 +315,12 @@ class RunWriter:
     def close(self) -> None:
         """Gives the lock back. May be called twice."""
         if self._descriptor >= 0:
+            # Not left to closing alone: a child forked a moment ago may not have let go of the file yet.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._forget()
+
+    def _forget(self) -> None:
+        if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -328,7 +334,7 @@ class RunWriter:
 def _close_in_child() -> None:
     # A forked worker that outlives its parent would hold the lock, which belongs to the open file, not the process.
     for writer in list(_open_writers):
-        writer.close()
+        writer._forget()
 
 
 os.register_at_fork(after_in_child=_close_in_child)

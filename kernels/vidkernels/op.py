@@ -221,6 +221,8 @@ class Op:
     has_border: bool = True
     """Outputs are (N, C, positions…) with positions that padding touches."""
     implementations: dict[str, Implementation] = field(default_factory=dict)
+    _cases: dict[Any, Case] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Cases of the calls seen, by signature: working one out takes longer than many a kernel."""
 
     def implementation(
         self,
@@ -298,11 +300,20 @@ class Op:
         if torch.compiler.is_compiling():
             # The graph has been checked by the eager call that it stands for, or will fail in the kernel itself.
             return chosen.fn(*args, **kwargs)
-        case, device = self.case_of(*args, **kwargs), args[0].device
+        case = self._case_of_call(args, kwargs)
+        device = args[0].device
         if why := chosen.why_not(case, device):
             usable = [i.name for i in self.implementations.values() if i.why_not(case, device) is None]
             raise Unavailable(f"{self.name}/{implementation}: {why}; available: {', '.join(usable) or 'none'}")
         return chosen.fn(*args, **kwargs)
+
+    def _case_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
+        key = (_signature(args), _signature(tuple(kwargs.items())), torch.backends.cudnn.allow_tf32)
+        if key not in self._cases:
+            if len(self._cases) >= 4096:
+                self._cases.clear()
+            self._cases[key] = self.case_of(*args, **kwargs)
+        return self._cases[key]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -335,7 +346,7 @@ def compiled(fn: Fn) -> Fn:
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **kwargs)
-        key = (torch.is_grad_enabled(), _signature(args), _signature(tuple(sorted(kwargs.items()))))
+        key = (_signature(args), _signature(tuple(sorted(kwargs.items()))))
         if key not in made:
             made[key] = torch.compile(_copy(fn, f"{fn.__name__}_{len(made)}"), fullgraph=True, dynamic=False)
         return made[key](*args, **kwargs)
@@ -344,11 +355,13 @@ def compiled(fn: Fn) -> Fn:
 
 
 def _signature(value: Any) -> Any:
+    """All that a case or a compiled graph may depend on, as a dictionary's key."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device, value.requires_grad
+        gradient = value.requires_grad and torch.is_grad_enabled()
+        return value.shape, value.stride(), value.dtype, value.device, gradient
     if isinstance(value, tuple):
-        return tuple(_signature(part) for part in value)
-    return repr(value)
+        return type(value), *map(_signature, value)
+    return value if value is None or isinstance(value, str) else repr(value)
 
 
 def _copy(fn: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -142,7 +142,8 @@ def _frame_order(entropy: Bytes) -> tuple[Bytes, Integers]:
     """Three flashes on noise; a class is their order. Every class shows the same frames, noise included."""
     contents = len(entropy)
     head, noise = entropy[:, :16].astype(np.int64), entropy[:, 16:]
-    frames = (noise.reshape(contents, CLIP_LENGTH, 3, SIZE, SIZE) >> 2) + np.uint8(96)  # 96 … 159
+    frames: Bytes = np.right_shift(noise.reshape(contents, CLIP_LENGTH, 3, SIZE, SIZE), 2)
+    frames += 96  # 96 … 159
 
     # The slots begin at a random onset and with random gaps, so the time of a frame does not tell its slot.
     slack = CLIP_LENGTH - 3 * EVENT_LENGTH
@@ -163,7 +164,7 @@ def _frame_order(entropy: Bytes) -> tuple[Bytes, Integers]:
     colour = EVENTS[None, :, None, :, None, None]
     frames[which, slots] = (shown + ((colour - shown) * amount >> 8)).astype(np.uint8)
 
-    order = np.tile(np.arange(CLIP_LENGTH), (contents, len(ORDERS), 1))
+    order: Integers = np.tile(np.arange(CLIP_LENGTH, dtype=np.int64), (contents, len(ORDERS), 1))
     classes = np.arange(len(ORDERS))[None, :, None]
     order[which, classes, slots.reshape(contents, 1, -1)] = slots[:, ORDERS].reshape(contents, len(ORDERS), -1)
     return frames, order

@@ -7,7 +7,6 @@ entered in the middle: the usual action clips have one keyframe each, so a seek 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -166,15 +165,13 @@ def probe(path: str | Path) -> VideoInfo:
             damaged.append(_reason(error))
     warning = None
     if info.frames is not None and packets < info.frames:
-        warning = f"{path} is cut short: it declares {info.frames} frames and holds {packets}"
+        warning = f"{path} is incomplete: it declares {info.frames} frames and holds {packets}"
     elif damaged:
         warning = f"{path} is damaged: {damaged[0]}"
     return replace(info, keyframes=keyframes, warning=warning)
 
 
-def decode(
-    path: str | Path, choose: Callable[[int], Sequence[int]], *, threads: int = 0
-) -> tuple[Tensor, VideoInfo]:
+def decode(path: str | Path, choose: Callable[[int], Sequence[int]], *, threads: int = 0) -> tuple[Tensor, VideoInfo]:
     """The chosen frames of a video, in RGB, upright, in the order chosen.
 
     Args:
@@ -209,7 +206,7 @@ def decode(
         warning = f"{path} is damaged: {len(damaged)} packets did not decode: {damaged[0]}" if damaged else None
         if frames is not None:
             if declared is not None and count < declared:
-                warning = f"{path} is cut short: it declares {declared} frames and {count} decode"
+                warning = f"{path} is incomplete: it declares {declared} frames and {count} decode"
             return frames, replace(info, frames=count, warning=warning)
         count = seen
 
@@ -229,7 +226,7 @@ def _collect(
     reformatter = _av().video.reformatter.VideoReformatter()
     info: VideoInfo | None = None
     seen = 0
-    for seen, frame in zip(itertools.count(1), frames, strict=False):
+    for seen, frame in enumerate(frames, start=1):
         if info is None:
             info = _info(path, stream, frame)
             out = np.empty((len(indices), info.height, info.width, 3), dtype=np.uint8)
@@ -303,7 +300,7 @@ def read_clips(path: str | Path, *, batch_size: int, clip_length: int, stride: i
         ]
 
     frames = _warned(*decode(path, choose, threads=threads))
-    return frames.unflatten(0, (batch_size, clip_length))
+    return frames.view(batch_size, clip_length, *frames.shape[1:])
 
 
 def clip_starts(frames: int, batch_size: int, span: int) -> list[int]:

@@ -42,7 +42,7 @@ class ModelSpec:
     streams: bool = False
     """Has `step(frame, state=None) -> (logits, state)`."""
     temporal: bool = True
-    """Whether the order of the frames can change the logits."""
+    """Whether more than single frames is seen: motion, or the order of the frames."""
 
 
 _KARPATHY = "Karpathy et al. (2014), Large-scale Video Classification with Convolutional Neural Networks, CVPR"

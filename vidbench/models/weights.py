@@ -18,7 +18,15 @@ def _state_dict(path: str | PathLike[str]) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise RequestError(f"weights {str(path)!r} cannot be read: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"weights {str(path)!r} are no file of torch.save with tensors alone: {reason}") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -49,7 +49,7 @@ def over(
     rows = rows[varied >= 2]
     if rows.empty:
         return None
-    parts, left_out = style.capped(style.facets(rows, by))
+    parts, left_out = style.facets(rows, by)
     colours = style.colours_of(frame, colours)
     runs = {run: style.DASHES[i % 4] for i, run in enumerate(rows["run_id"].unique())}
     factor, unit = SCALE[metric]
@@ -57,13 +57,14 @@ def over(
         figure, axes = style.panels(len(parts))
         for ax, (title, part) in zip(axes, parts, strict=True):
             entries = 0
+            number = part[["implementation", "run_id"]].drop_duplicates().shape[0]
             for (implementation, run), line in part.groupby(["implementation", "run_id"], sort=True):
                 label = str(implementation)
                 if exponents:
                     label += _exponent(line, x)
                 if len(runs) > 1:
                     label += f"  ({run})"
-                draw_line(ax, line, x, metric, factor, colours[str(implementation)], runs[run], label)
+                draw_line(ax, line, x, metric, factor, colours[str(implementation)], runs[run], label, number - entries)
                 entries += 1
             finish(ax, part, x, title, entries)
         for ax in axes:
@@ -90,13 +91,22 @@ def _exponent(line: pd.DataFrame, x: str) -> str:
 
 
 def draw_line(
-    ax: Axes, line: pd.DataFrame, x: str, metric: str, factor: float, colour: str, dash: str, label: str
+    ax: Axes, line: pd.DataFrame, x: str, metric: str, factor: float, colour: str, dash: str, label: str, layer: int = 1
 ) -> None:
-    """A line with its intervals; points of poor trust hollow and faint."""
+    """A line with its intervals; points of poor trust hollow and faint. A lower layer is wider."""
     line = line.sort_values(x)
     xs = line[x].to_numpy(float)
     ys = line[metric].to_numpy(float) * factor
-    ax.plot(xs, ys, dash, color=colour, linewidth=1.5, label=label, zorder=2)
+    ax.plot(
+        xs,
+        ys,
+        dash,
+        color=colour,
+        linewidth=1.5 + 0.8 * (layer - 1),
+        alpha=1.0 if layer == 1 else 0.75,
+        label=label,
+        zorder=2,
+    )
     poor = (line["trust"] == "poor").fillna(False).to_numpy(bool)
     ax.plot(xs[~poor], ys[~poor], "o", color=colour, markersize=4, zorder=3)
     ax.plot(xs[poor], ys[poor], "o", color=colour, markersize=4.5, markerfacecolor="none", alpha=0.5, zorder=3)
@@ -155,13 +165,11 @@ def families(frame: pd.DataFrame, members: Mapping[str, tuple[str, ...]]) -> Fig
         for name in (*own, "run_id")
         if name not in ("workload", "seed") and fastest.groupby("family")[name].apply(lambda v: v.notna().any()).all()
     ]
-    parts = []
-    for title, part in style.facets(fastest, shared):
-        if part["family"].nunique() >= 2 and part["clip_length"].nunique() >= 2:
-            parts.append((title, part))
-    if not parts:
+    groups = fastest.groupby(shared, dropna=False, sort=False)
+    fastest = fastest[(groups["family"].transform("nunique") >= 2) & (groups["clip_length"].transform("nunique") >= 2)]
+    if fastest.empty:
         return None
-    parts, left_out = style.capped(parts)
+    parts, left_out = style.facets(fastest, shared)
     colours = dict(zip(members, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
     with style.styled():
         figure, axes = style.panels(len(parts))

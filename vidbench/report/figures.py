@@ -68,7 +68,7 @@ def flops_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | None
     if rows["flops"].nunique() < 2:
         return None
     rows, thin = style.thinned(rows)
-    parts, left_out = style.capped(style.facets(rows, ("kind", "run_id", "mode", "regime", "device", "dtype")))
+    parts, left_out = style.facets(rows, ("kind", "run_id", "mode", "regime", "device", "dtype"))
     with style.styled():
         figure, axes = style.panels(len(parts), width=6.2, height=3.9, columns=2)
         for ax, (_, part) in zip(axes, parts, strict=True):
@@ -124,7 +124,7 @@ def roofline(frame: pd.DataFrame, colours: Colours = None, environments: Environ
     if rows.empty:
         return None
     rows, thin = style.thinned(rows)
-    parts, left_out = style.capped(style.facets(rows, ("run_id", "device", "dtype", "mode")))
+    parts, left_out = style.facets(rows, ("run_id", "device", "dtype", "mode"))
     palette = style.colours_of(frame, colours)
     workloads = list(dict.fromkeys(rows["workload"].astype(str)))
     mark = {name: style.MARKERS[i % len(style.MARKERS)] for i, name in enumerate(workloads)}
@@ -229,12 +229,13 @@ def speed_up_map(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
         return None
     # Cases that differ in nothing but channels and the like share a panel; its cells are their geometric means.
     keys = ("workload", "implementation", "run_id", "mode", "regime", "device", "dtype", "memory_format")
-    parts = [(t, p) for t, p in style.facets(rows, keys) if p["clip_length"].nunique() + p["batch_size"].nunique() > 2]
-    if not parts:
+    groups = rows.groupby(list(keys), dropna=False, sort=False)
+    rows = rows[groups["clip_length"].transform("nunique") + groups["batch_size"].transform("nunique") > 2]
+    if rows.empty:
         return None
-    parts, left_out = style.capped(parts)
+    parts, left_out = style.facets(rows, keys)
     rows = rows.assign(log=np.log2(rows["speed_up"]))
-    reach = max(0.25, min(3.0, float(rows["log"].abs().max())))
+    reach = max(1.0, min(3.0, float(rows["log"].abs().max())))
     merged = False
     with style.styled():
         figure, axes = style.panels(len(parts), width=4.1, height=2.7)
@@ -262,7 +263,7 @@ def speed_up_map(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
             ax.tick_params(axis="x", rotation=0)
         bar = figure.colorbar(axes[0].collections[0], ax=axes, shrink=0.8, aspect=30, pad=0.02)
         bar.set_label("speed-up")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.2g}×"))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}×"))
         bar.outline.set_visible(False)
         style.note(
             figure,
@@ -299,7 +300,7 @@ def accuracy_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | N
     rows = timed.merge(found, on=["run_id", *keys], suffixes=("_timed", ""))
     if rows.empty:
         return None
-    parts, left_out = style.capped(style.facets(rows, ("task", "run_id", "device", "dtype", "memory_format", "regime")))
+    parts, left_out = style.facets(rows, ("task", "run_id", "device", "dtype", "memory_format", "regime"))
     with style.styled():
         figure, axes = style.panels(len(parts), width=6.2, height=3.9, columns=2)
         for ax, (title, part) in zip(axes, parts, strict=True):
@@ -335,9 +336,7 @@ def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
         return None
     palette = style.colours_of(frame, colours)
     sizes = ("run_id", "device", "dtype", *case_columns(frame))
-    parts, left_out = style.capped(
-        style.facets(stages, [n for n in sizes if stages[n].nunique(dropna=False) > 1] or ["kind"])
-    )
+    parts, left_out = style.facets(stages, [n for n in sizes if stages[n].nunique(dropna=False) > 1] or ["kind"])
     models = timed[(timed["kind"] == "model") & (timed["mode"] == "forward")].sort_values("latency_s")
     with style.styled():
         figure, axes = style.panels(len(parts), width=6.2, height=3.6, columns=2)
@@ -352,18 +351,31 @@ def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
             names = [f"{row.workload} · {row.implementation}" for row in rows]
             values = [float(row.latency_s) * 1e3 for row in rows]
             hues = [palette[str(row.implementation)] for row in rows]
-            bars = ax.barh(range(len(rows)), values, color=hues, height=0.62)
+            bars = ax.barh(range(len(rows)), values, color=hues, height=0.62, edgecolor="none")
             for bar, row in zip(bars, rows, strict=True):
                 bar.set_alpha(0.4 if row.trust == "poor" else 0.9)
+            for place, row in enumerate(rows):
+                if not (style.missing(row.latency_low_s) or style.missing(row.latency_high_s)):
+                    ends = float(row.latency_low_s) * 1e3, float(row.latency_high_s) * 1e3
+                    ax.hlines(place, *ends, color=style.INK, linewidth=1)
+                    values[place] = max(values[place], ends[1])
             ax.set_yticks(range(len(rows)), names)
             ax.tick_params(axis="y", labelcolor=style.INK)
             ax.invert_yaxis()
             ax.grid(False, axis="y")
-            ax.bar_label(bars, [f"{value:.3g} ms" for value in values], padding=3, fontsize=8, color=style.MUTED)
-            ax.margins(x=0.16)
+            for place, row in enumerate(rows):
+                ax.annotate(
+                    f"{float(row.latency_s) * 1e3:.3g} ms", (values[place], place), xytext=(4, 0), va="center",
+                    textcoords="offset points", fontsize=8, color=style.MUTED,
+                )  # fmt: skip
+            ax.set_xlim(0, max(values) * 1.16)
             ax.set_xlabel("time per call (ms)")
             ax.set_title(title or "all stages")
-        more = "Below the stages: the fastest models at the same clip length and batch size" if len(models) else ""
+        more = (
+            "Lines: 95 % intervals. Below the stages: the fastest models at the same clip length and batch size"
+            if len(models)
+            else ""
+        )
         style.note(figure, more, dim_note(stages), left_out)
     return figure
 

@@ -26,9 +26,9 @@ def cell(text: object) -> str:
     return plain.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]], right: int = 0) -> list[str]:
-    """A Markdown table whose last `right` columns are aligned to the right."""
-    rules = ["---"] * (len(heads) - right) + ["--:"] * right
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> list[str]:
+    """A Markdown table; the columns named in `right` are aligned to the right."""
+    rules = ["--:" if head in right else "---" for head in heads]
     lines = [f"| {' | '.join(map(cell, heads))} |", f"| {' | '.join(rules)} |"]
     return [*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)]
 
@@ -45,9 +45,12 @@ def render(runs: Sequence[Run], frame: pd.DataFrame, title: str, drawn: Sequence
 
     timed = frame[(frame["status"] == "ok") & frame["latency_s"].notna()].sort_values("latency_s", kind="stable")
     if len(timed):
-        keys = tables.varying(frame)
+        apart = tables.sparse(frame)
+        keys = [name for name in tables.varying(frame) if name not in apart]
+        also = tables.case_texts(timed.head(TOP), apart) if apart else []
         figures = [name for name in FIGURES_SHOWN if timed[name].notna().any()]
-        heads = [*keys, *(f"{tables.SHOWN[n].head} ({tables.SHOWN[n].unit})" for n in figures), "trust"]
+        numbers = [f"{tables.SHOWN[name].head} ({tables.SHOWN[name].unit})" for name in figures]
+        heads = [*keys, *numbers, "trust", *(["also"] if also else [])]
         body = [
             [
                 *("–" if missing(value) else value for value in row[: len(keys)]),
@@ -56,10 +59,11 @@ def render(runs: Sequence[Run], frame: pd.DataFrame, title: str, drawn: Sequence
                     for name, value in zip(figures, row[len(keys) : -1], strict=True)
                 ),
                 row[-1],
+                *([also[index]] if also else []),
             ]
-            for row in timed[[*keys, *figures, "trust"]].head(TOP).itertuples(index=False, name=None)
+            for index, row in enumerate(timed[[*keys, *figures, "trust"]].head(TOP).itertuples(index=False, name=None))
         ]
-        lines += ["", "## Fastest points", "", *table(heads, body, right=len(figures) + 1)]
+        lines += ["", "## Fastest points", "", *table(heads, body, right=numbers)]
         if len(timed) > TOP:
             lines += ["", f"{len(timed) - TOP:,} slower points are left out; measurements.csv has every one."]
         if fixed := tables.constants(frame):

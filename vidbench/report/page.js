@@ -1,15 +1,20 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const size = 50;
+  const size = 25;
   const hidden = new Set(["point", "reason", "trust_reasons", "latency_low_s", "latency_high_s"]);
   const byName = new Map(data.columns.map((column) => [column.name, column]));
-  const columns = data.columns.filter((column) => !hidden.has(column.name));
+  const apart = data.columns.filter((column) => column.apart);
+  const columns = data.columns.filter((column) => !hidden.has(column.name) && !column.apart);
+  if (apart.length) columns.push({ name: "case", head: "also", unit: "", hint: "keys that not every workload has", apart });
   const isNumber = (column) => column.values !== undefined;
   const missing = (value) => value === null || value === undefined;
   const number = (value) => (value === "inf" ? Infinity : value === "-inf" ? -Infinity : value);
 
   function value(column, row) {
+    if (Array.isArray(column.apart)) return column.apart
+      .map((key) => [key.name, value(key, row)]).filter((pair) => !missing(pair[1]))
+      .map((pair) => pair.join("=")).join(" ") || null;
     if (isNumber(column)) return number(column.values[row]);
     if (column.codes === undefined) return column.texts[row];
     const code = column.codes[row];

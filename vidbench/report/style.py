@@ -116,23 +116,40 @@ def panels(count: int, *, width: float = 4.1, height: float = 3.1, columns: int 
     return figure, axes[:count]
 
 
-def facets(frame: pd.DataFrame, by: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
-    """The parts of a frame that agree in all of `by`, each with a title of what tells it from the others."""
+def facets(frame: pd.DataFrame, by: Sequence[str]) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """The parts of a frame that agree in all of `by`, each with a title of what tells it from its like.
+
+    Of more than MAX_FACETS parts those with the most rows are taken, and from every workload one before any gets a
+    second; the text says how many are left out.
+    """
+    import numpy as np
+
     by = [name for name in by if name in frame.columns]
+    number = frame.groupby(by, dropna=False, sort=False).ngroup().to_numpy(np.int64)
+    sizes = np.bincount(number)
+    firsts = frame.iloc[np.unique(number, return_index=True)[1]]
+    workloads = firsts["workload"].astype(str).tolist()
+    chosen, left_out = list(range(len(sizes))), ""
+    if len(sizes) > MAX_FACETS:
+        turn: dict[str, int] = {}
+        ranked = []
+        for index in np.argsort(-sizes, kind="stable").tolist():
+            turn[workloads[index]] = turn.get(workloads[index], 0) + 1
+            ranked.append((turn[workloads[index]], index))
+        chosen = sorted(index for _, index in sorted(ranked, key=lambda rank: rank[0])[:MAX_FACETS])
+        left_out = f"{len(sizes) - MAX_FACETS:,} of {len(sizes):,} panels are left out"
+    heads = [name for name in ("workload", "kind") if name in by and (name == "workload" or frame[name].nunique() > 1)]
     parts = []
-    for _, part in frame.groupby(list(by), dropna=False, sort=False):
-        first = part.iloc[0]
-        siblings = frame
+    for index in chosen:
+        first = firsts.iloc[index]
+        siblings = firsts
         for name in ("workload", "kind"):
             siblings = siblings[siblings[name] == first[name]] if name in by else siblings
-        heads = [
-            name for name in ("workload", "kind") if (name in by and frame[name].nunique() > 1) or name == "workload"
-        ]
         varied = [n for n in by if n not in ("workload", "kind") and siblings[n].nunique(dropna=False) > 1]
         told = [short(name, first[name]) for name in varied if not missing(first[name])]
-        head = [KINDS.get(str(first[name]), str(first[name])) for name in heads if name in by]
-        parts.append((" · ".join(head + told), part))
-    return parts
+        head = [KINDS.get(str(first[name]), str(first[name])) for name in heads]
+        parts.append((" · ".join(head + told), frame[number == index]))
+    return parts, left_out
 
 
 def missing(value: object) -> bool:
@@ -164,23 +181,6 @@ def short(name: str, value: object) -> str:
     if name in SHORT:
         return SHORT[name].format(value)
     return f"{name}={value}" if not isinstance(value, str) or name in ("padding", "bias") else value
-
-
-def capped(parts: list[tuple[str, pd.DataFrame]]) -> tuple[list[tuple[str, pd.DataFrame]], str]:
-    """The parts with the most in them, in their order, and a line on how many are left out.
-
-    Every workload gets a panel before any gets a second.
-    """
-    if len(parts) <= MAX_FACETS:
-        return parts, ""
-    turn: dict[str, int] = {}
-    ranked = []
-    for index in sorted(range(len(parts)), key=lambda i: -len(parts[i][1])):
-        workload = str(parts[index][1]["workload"].iloc[0])
-        turn[workload] = turn.get(workload, 0) + 1
-        ranked.append((turn[workload], index))
-    chosen = sorted(index for _, index in sorted(ranked, key=lambda r: r[0])[:MAX_FACETS])
-    return [parts[i] for i in chosen], f"{len(parts) - MAX_FACETS:,} of {len(parts):,} panels are left out"
 
 
 def thinned(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vidbench.metrics import METRICS, POINT_COLUMNS, SEVERITY, TRUST, case_columns
+from vidbench.metrics import METRICS, POINT_COLUMNS, SEVERITY, SIZE_COLUMNS, TRUST, case_columns
 from vidbench.report.figures import accuracies, speed_up
 from vidbench.report.style import missing
 
@@ -85,6 +85,19 @@ def varying(frame: pd.DataFrame) -> list[str]:
     names = ("workload", "implementation", "kind", *POINT_COLUMNS, *case_columns(frame), "task", "run_id")
     present = [n for n in dict.fromkeys(names) if n not in fixed and (n == "workload" or frame[n].notna().any())]
     return [name for name in present if name not in ("kind", "suite")]
+
+
+def sparse(frame: pd.DataFrame) -> list[str]:
+    """The keys of a case that only some workloads have; as columns they would be mostly empty."""
+    return [n for n in varying(frame) if n in case_columns(frame) and n not in SIZE_COLUMNS and frame[n].isna().any()]
+
+
+def case_texts(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """These keys of each row in one text: hidden_size=256 kernel_size=3."""
+    return [
+        " ".join(f"{name}={value}" for name, value in zip(names, row, strict=True) if not missing(value))
+        for row in frame[list(names)].itertuples(index=False, name=None)
+    ]
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------
@@ -242,21 +255,25 @@ def standing(frame: pd.DataFrame) -> str:
 def gone(frame: pd.DataFrame) -> pd.DataFrame:
     """The points that did not run, worst first."""
     rows = frame[frame["status"] != "ok"]
-    return rows.iloc[rows["status"].map(SEVERITY.index).argsort(kind="stable")[::-1]] if len(rows) else rows
+    return rows.iloc[(-rows["status"].map(SEVERITY.index)).argsort(kind="stable")] if len(rows) else rows
 
 
 def embedded(frame: pd.DataFrame) -> dict[str, Any]:
     """Every row for the page's table, column by column; text with its distinct values once. Missing is null."""
+    apart = sparse(frame)
     names = [*varying(frame), *(n for n in SHOWN if frame[n].notna().any()), *LAST, "point"]
     columns: list[dict[str, Any]] = []
     for name in names:
         how = SHOWN.get(name, Shown(name.replace("_", " ")))
-        head = {
+        head: dict[str, Any] = {
             "name": name,
             "head": how.head,
             "unit": how.unit,
             "hint": METRICS[name].label if name in METRICS else "",
         }
+        if name in apart:
+            # Still sorted and filtered by, but shown with the others of its kind in one column.
+            head["apart"] = True
         if name in SHOWN:
             columns.append({**head, "values": _rounded(frame[name], how.factor)})
         elif frame[name].dtype.kind in "iuf":

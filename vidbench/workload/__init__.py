@@ -11,9 +11,9 @@ from vidkernels import OPS
 from vidbench import models
 from vidbench.sweep import Point
 from vidbench.workload.base import CheckFailed, Cost, Unfit, Workload
-from vidbench.workload.models import MODEL_IMPLEMENTATIONS, ModelWorkload
-from vidbench.workload.ops import OpWorkload
-from vidbench.workload.stages import STAGES, StageWorkload
+from vidbench.workload.model import MODEL_IMPLEMENTATIONS, ModelWorkload
+from vidbench.workload.op import OpWorkload
+from vidbench.workload.stage import STAGES, StageWorkload
 
 __all__ = ["CheckFailed", "Cost", "Unfit", "Workload", "implementations", "workload"]
 

@@ -15,7 +15,7 @@ from vidbench import counting, models
 from vidbench.records import Error
 from vidbench.sweep import Point, RequestError
 from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
-from vidbench.workload.stages import model_inputs
+from vidbench.workload.stage import model_inputs
 
 MODEL_GATES = {"fp64": 1e-10, "fp32": 2e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
 """Largest relative error of a model's logits; twice the eager model's own passes as well."""
