@@ -51,7 +51,7 @@ class Recipe:
 RECIPES: dict[str, dict[str, Recipe]] = {
     "frame_order": {
         "frame_pool_avg": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=50),
-        "cnn_lstm": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=60),
+        "cnn_lstm": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=70),
         "cnn_tcn": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=90),
         "c3d": Recipe(width_multiplier=0.125, learning_rate=2e-3, steps=110),
     },

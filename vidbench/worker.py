@@ -199,6 +199,8 @@ def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Meas
                 point.workload,
                 str(point.case["task"]),
                 seed=int(point.case["seed"]),  # type: ignore[arg-type]
+                width_multiplier=float(point.case["width_multiplier"]),  # type: ignore[arg-type]
+                device=point.device,
             )
             return Measurement(point, task.round, "ok", accuracy=accuracy, wall_s=time.perf_counter() - started)
         return measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -258,6 +259,18 @@ def test_a_call_trains_when_a_gradient_is_wanted() -> None:
     assert OPS["causal_conv1d"].case_of(x, weight).training
     with torch.no_grad():
         assert not OPS["causal_conv1d"].case_of(x, weight).training
+
+
+def test_each_call_is_judged_by_its_own_case(double: Op) -> None:
+    """The same shape, with a gradient wanted and without."""
+    op = replace(double, case_of=lambda x: Case(training=x.requires_grad and torch.is_grad_enabled()))
+    op.implementation("forward", limits=lambda case: "forward only" if case.training else None)(lambda x: 2 * x)
+    x = torch.ones(2, requires_grad=True)
+    for _ in range(2):
+        with torch.no_grad():
+            assert op(x, implementation="forward").tolist() == [2.0, 2.0]
+        with pytest.raises(Unavailable, match="forward only"):
+            op(x, implementation="forward")
 
 
 def test_dropout_is_left_out_of_checks() -> None:
