@@ -120,11 +120,11 @@ def frame(measurements: Sequence[Measurement], *, run_id: str, suite: str) -> pd
     """
     import pandas as pd
 
-    points, index = _distinct(measurements)
+    keys, points, index = _distinct(measurements)
     columns: Columns = {
         "run_id": pd.array([run_id] * len(points), dtype="string"),
         "suite": pd.array([suite] * len(points), dtype="string"),
-        "point": pd.array([point.key for point in points], dtype="string"),
+        "point": pd.array(keys, dtype="string"),
     }
     for name in POINT_COLUMNS:
         columns[name] = pd.array([getattr(point, name) for point in points], dtype="string")
@@ -141,8 +141,8 @@ def frame(measurements: Sequence[Measurement], *, run_id: str, suite: str) -> pd
     return table[list(order)].astype(dict.fromkeys(_INTEGERS, "Int64"))
 
 
-def _distinct(measurements: Sequence[Measurement]) -> tuple[list[Point], list[int]]:
-    """The distinct points, and for each measurement which of them it is of."""
+def _distinct(measurements: Sequence[Measurement]) -> tuple[list[str], list[Point], list[int]]:
+    """The distinct points with their keys, and for each measurement which of them it is of."""
     points: list[Point] = []
     number: dict[str, int] = {}
     seen: dict[int, int] = {}
@@ -156,7 +156,7 @@ def _distinct(measurements: Sequence[Measurement]) -> tuple[list[Point], list[in
                 points.append(point)
             seen[id(point)] = which
         index.append(which)
-    return points, index
+    return list(number), points, index
 
 
 def _cases(points: Sequence[Point]) -> Columns:

@@ -29,6 +29,9 @@ def report(runs: Sequence[Run], out: str | os.PathLike[str], *, title: str | Non
     if not runs:
         raise RequestError("no run to report: name at least one run folder")
     import pandas as pd
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.parquet
 
     from vidbench.report import html, markdown, style
     from vidbench.report.figures import FIGURES
@@ -56,8 +59,9 @@ def report(runs: Sequence[Run], out: str | os.PathLike[str], *, title: str | Non
             (pictures / f"{entry.name}.svg").unlink(missing_ok=True)
         for name, _, svg in drawn:
             (pictures / f"{name}.svg").write_text(svg, encoding="utf-8")
-        frame.to_csv(folder / "measurements.csv", index=False)
-        frame.to_parquet(folder / "measurements.parquet", index=False)
+        table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+        pyarrow.csv.write_csv(table, folder / "measurements.csv", pyarrow.csv.WriteOptions(quoting_style="needed"))
+        pyarrow.parquet.write_table(table, folder / "measurements.parquet")
         links = [(name, heading) for name, heading, _ in drawn]
         (folder / "report.md").write_text(markdown.render(runs, frame, title, links), encoding="utf-8")
         page.write_text(html.render(runs, frame, title, drawn, absent), encoding="utf-8")

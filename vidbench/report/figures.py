@@ -70,7 +70,7 @@ def flops_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | None
     rows, thin = style.thinned(rows)
     parts, left_out = style.facets(rows, ("kind", "run_id", "mode", "regime", "device", "dtype"))
     with style.styled():
-        figure, axes = style.panels(len(parts), width=6.2, height=3.9, columns=2)
+        figure, axes = style.panels(len(parts), width=6.1, height=3.7, columns=2, right=1.75)
         for ax, (_, part) in zip(axes, parts, strict=True):
             _workload_scatter(ax, part, part["flops"].to_numpy(float) / 1e9, part["latency_s"].to_numpy(float) * 1e3)
             ax.set_xlabel("work (GFLOP per call)")
@@ -129,7 +129,7 @@ def roofline(frame: pd.DataFrame, colours: Colours = None, environments: Environ
     workloads = list(dict.fromkeys(rows["workload"].astype(str)))
     mark = {name: style.MARKERS[i % len(style.MARKERS)] for i, name in enumerate(workloads)}
     with style.styled():
-        figure, axes = style.panels(len(parts), width=6.2, height=4.0, columns=2)
+        figure, axes = style.panels(len(parts), width=6.1, height=3.9, columns=2, right=2.1)
         for ax, (_, part) in zip(axes, parts, strict=True):
             intensity = part["flops"].to_numpy(float) / part["bytes_moved"].to_numpy(float)
             speed = part["achieved_flops_per_s"].to_numpy(float) / 1e9
@@ -238,7 +238,7 @@ def speed_up_map(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
     reach = max(1.0, min(3.0, float(rows["log"].abs().max())))
     merged = False
     with style.styled():
-        figure, axes = style.panels(len(parts), width=4.1, height=2.7)
+        figure, axes = style.panels(len(parts), width=3.75, height=2.6, left=0.62, right=0.1, margin=1.0)
         for ax, (title, part) in zip(axes, parts, strict=True):
             part = part.assign(log=np.log2(part["speed_up"]))
             cells = part.groupby(["batch_size", "clip_length"]).agg(
@@ -261,7 +261,10 @@ def speed_up_map(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
             ax.set_ylabel("batch size (clips)")
             ax.tick_params(axis="y", rotation=0)
             ax.tick_params(axis="x", rotation=0)
-        bar = figure.colorbar(axes[0].collections[0], ax=axes, shrink=0.8, aspect=30, pad=0.02)
+        across, down = figure.get_size_inches()
+        place = figure.add_axes((1 - 0.85 / across, 0.83 / down, 0.16 / across, min(0.7, 4 / down)))
+        marks = [m for m in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3) if abs(m) <= reach and (reach <= 1 or m == int(m))]
+        bar = figure.colorbar(axes[0].collections[0], cax=place, ticks=marks)
         bar.set_label("speed-up")
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}×"))
         bar.outline.set_visible(False)
@@ -302,7 +305,7 @@ def accuracy_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | N
         return None
     parts, left_out = style.facets(rows, ("task", "run_id", "device", "dtype", "memory_format", "regime"))
     with style.styled():
-        figure, axes = style.panels(len(parts), width=6.2, height=3.9, columns=2)
+        figure, axes = style.panels(len(parts), width=6.1, height=3.7, columns=2, right=1.75)
         for ax, (title, part) in zip(axes, parts, strict=True):
             xs = part["latency_s"].to_numpy(float) * 1e3
             ax.vlines(
@@ -339,7 +342,7 @@ def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
     parts, left_out = style.facets(stages, [n for n in sizes if stages[n].nunique(dropna=False) > 1] or ["kind"])
     models = timed[(timed["kind"] == "model") & (timed["mode"] == "forward")].sort_values("latency_s")
     with style.styled():
-        figure, axes = style.panels(len(parts), width=6.2, height=3.6, columns=2)
+        figure, axes = style.panels(len(parts), width=6.1, height=3.4, columns=2, left=1.9, right=0.3)
         for ax, (title, part) in zip(axes, parts, strict=True):
             first = part.iloc[0]
             alike = models[models["run_id"] == first["run_id"]]

@@ -100,20 +100,40 @@ def styled() -> Iterator[None]:
         yield
 
 
-def panels(count: int, *, width: float = 4.1, height: float = 3.1, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` axes in rows of up to `columns`."""
+def panels(
+    count: int,
+    *,
+    width: float = 4.1,
+    height: float = 3.1,
+    columns: int = 3,
+    left: float = 0.75,
+    right: float = 0.12,
+    margin: float = 0.0,
+) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` axes in rows of up to `columns`; sizes are inches.
+
+    The layout is fixed, as fitting it to the text takes most of the time that a figure costs.
+
+    Args:
+        width: Of a panel with its labels; `left` and `right` of it are for tick labels and a legend.
+        margin: Kept free at the right of the whole figure.
+    """
     from matplotlib.figure import Figure
 
     across = min(columns, count)
     rows = math.ceil(count / across)
-    figure = Figure(figsize=(max(width * across, 5.2), height * rows), layout="constrained")
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.set(h_pad=0.1, w_pad=0.08)  # type: ignore[call-arg]
-    axes = figure.subplots(rows, across, squeeze=False).ravel().tolist()
-    for spare in axes[count:]:
-        spare.remove()
-    return figure, axes[:count]
+    foot = 0.28
+    whole = (max(width * across, 5.2) + margin, height * rows + foot)
+    figure = Figure(figsize=whole)
+    axes = []
+    for index in range(count):
+        row, column = divmod(index, across)
+        bottom = foot + height * (rows - 1 - row) + 0.55
+        inches = (column * width + left, bottom, width - left - right, height - 0.55 - 0.42)
+        axes.append(
+            figure.add_axes((inches[0] / whole[0], inches[1] / whole[1], inches[2] / whole[0], inches[3] / whole[1]))
+        )
+    return figure, axes
 
 
 def facets(frame: pd.DataFrame, by: Sequence[str]) -> tuple[list[tuple[str, pd.DataFrame]], str]:
@@ -194,7 +214,8 @@ def thinned(frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 def note(figure: Figure, *texts: str) -> None:
     """Puts remarks under a figure."""
     if said := ". ".join(text for text in texts if text):
-        figure.supxlabel(f"{said}.", fontsize=8, color=MUTED, x=0.01, ha="left")
+        width, height = figure.get_size_inches()
+        figure.text(0.12 / width, 0.1 / height, f"{said}.", fontsize=8, color=MUTED, ha="left", va="bottom")
 
 
 def spans(values: Sequence[float]) -> bool:
