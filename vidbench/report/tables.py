@@ -195,7 +195,7 @@ def _of_workloads(rows: pd.DataFrame) -> list[str]:
         contested = known[known.groupby(same, dropna=False)["implementation"].transform("nunique") > 1]
         if contested.empty:
             continue
-        winners = contested.loc[contested.groupby(same, dropna=False)[column].idxmin()]
+        winners = contested.loc[contested.groupby(same, dropna=False)[column].idxmin()].sort_index()
         gains = speed_up(contested) if column == "latency_s" else None
         parts = []
         for workload, part in winners.groupby("workload", sort=False):
