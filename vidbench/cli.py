@@ -203,6 +203,7 @@ def _list_ops() -> list[dict[str, Any]]:
 def _list_implementations() -> list[dict[str, Any]]:
     """Each op's implementations, and why one cannot run its default case here."""
     import torch
+
     from vidkernels import OPS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, shape_wrapper
-from vidkernels.op import Case, Op
 
 from vidbench.records import Counts
+from vidkernels.op import Case, Op
 
 Shapes = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 """Shapes of what a model's `forward` takes, in order; names, where there are any, are not used."""

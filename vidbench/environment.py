@@ -14,11 +14,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from vidkernels.op import DTYPES
 
 import vidbench
 from vidbench.records import Ceilings, Environment
 from vidbench.sweep import RequestError
+from vidkernels.op import DTYPES
 
 COPY_FOOTPRINTS = tuple(2**power for power in (16, 20, 23, 26, 28))
 """Bytes read and written by the copies whose rates are the ceilings: from a cache's to the memory's."""

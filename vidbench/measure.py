@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 import torch
-from vidkernels import Inputs
 
 from vidbench.environment import cache_bytes, ceilings, precision, raise_ceilings
 from vidbench.records import Ceilings, Environment, Measurement, Memory, Trust
 from vidbench.sweep import Point
 from vidbench.workload import CheckFailed, Cost, Unfit, workload
+from vidkernels import Inputs
 
 CEILING_TOLERANCE = 1.05
 """A result this far above the device's own measured ceiling is a fault of the measurement."""
@@ -303,7 +303,7 @@ def _memory(device: str, call: Callable[[], Any]) -> Memory:
     before = _live_tensor_bytes(call)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
     for _, change in changes:

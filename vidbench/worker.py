@@ -206,7 +206,7 @@ def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Meas
         return measure(
             point, environment, round=task.round, budget=Budget(seconds=task.seconds), video=task.video, costs=costs
         )
-    except (Exception, SystemExit) as error:  # a user's model may raise anything; its row says what
+    except (Exception, SystemExit) as error:  # noqa: BLE001  a user's model may raise anything; its row says what
         reason = str(error).strip().splitlines()
         text = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
         return Measurement(point, task.round, "failed", text, wall_s=time.perf_counter() - started)

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vidkernels import OPS
 
 from vidbench import counting
 from vidbench.counting import count_model, count_op, multiplies_nothing, recurrent_macs
 from vidbench.models import MODELS, create, input_shapes
+from vidkernels import OPS
 
 
 def published(name: str, **sizes: Any) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:

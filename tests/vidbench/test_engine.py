@@ -235,8 +235,12 @@ def test_a_worker_that_dies_between_points_is_replaced() -> None:
         worker = engine._worker
         assert worker is not None
         os.kill(worker.pid, signal.SIGKILL)
-        point = vidbench.suites.SUITES["conv3d"].sweeps[0].override(  # type: ignore[attr-defined]
-            {"clip_length": (2,), "input_size": (8,), "implementation": ("library",), "batch_size": (1,)}
+        point = (
+            vidbench.suites.SUITES["conv3d"]
+            .sweeps[0]
+            .override(  # type: ignore[attr-defined]
+                {"clip_length": (2,), "input_size": (8,), "implementation": ("library",), "batch_size": (1,)}
+            )
         )
         first, second = list(point.points())
         assert engine.measure(first, 1, environment, seconds=0.01, video=None).status == "crashed"

@@ -1,6 +1,6 @@
 """One point in this process: checks, samples, memory, ceilings, trust. Time is faked where it is the subject."""
 
-import statistics
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +72,9 @@ def test_an_op_is_checked_timed_and_counted(environment: Environment, mode: str,
 
 def test_live_and_peak_bytes_are_exact(environment: Environment) -> None:
     """x, w alive; the output is all that one reference-free call adds, but for the library's own workspace."""
-    point = Point("user_models:tiny", "model", "eager", case={"clip_length": 4, "batch_size": 2, "height": 8, "width": 8})
+    point = Point(
+        "user_models:tiny", "model", "eager", case={"clip_length": 4, "batch_size": 2, "height": 8, "width": 8}
+    )
     row = measure(point, environment, budget=QUICK)
     assert row.memory is not None
     clip, weights = 4 * 2 * 3 * 4 * 8 * 8, 4 * (3 * 400 + 400)
@@ -212,7 +214,9 @@ def test_median_interval_covers_the_median_nineteen_times_in_twenty() -> None:
     generator = torch.Generator().manual_seed(0)
     hits = 0
     for _ in range(1000):
-        low, high = median_interval(torch.distributions.Exponential(1.0).icdf(torch.rand(31, generator=generator)).tolist())
+        low, high = median_interval(
+            torch.distributions.Exponential(1.0).icdf(torch.rand(31, generator=generator)).tolist()
+        )
         hits += low <= statistics.NormalDist().mean + 0.6931471805599453 <= high
     assert hits >= 930
 

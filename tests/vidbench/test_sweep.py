@@ -42,9 +42,9 @@ def test_overriding_height_replaces_input_size() -> None:
 
 
 def test_overriding_height_alone_keeps_the_width() -> None:
-    (point,) = Sweep("c3d", "model", fixed={"implementation": "eager", "input_size": 64}).override(
-        {"height": (32,)}
-    ).points()
+    (point,) = (
+        Sweep("c3d", "model", fixed={"implementation": "eager", "input_size": 64}).override({"height": (32,)}).points()
+    )
     assert point.case == {"height": 32, "width": 64}
 
 
@@ -122,7 +122,7 @@ def test_plan_overrides_where_a_sweep_has_the_axis() -> None:
 
 
 def test_plan_refuses_an_axis_that_nothing_has() -> None:
-    with pytest.raises(RequestError, match="suite 'conv3d' has no axis 'hidden_size': it has .*clip_length"):
+    with pytest.raises(RequestError, match=r"suite 'conv3d' has no axis 'hidden_size': it has .*clip_length"):
         plan("conv3d", axes={"hidden_size": (8,)})
 
 

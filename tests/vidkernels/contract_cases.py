@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from vidkernels import OPS, Op
 
 _CONV = {

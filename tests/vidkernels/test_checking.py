@@ -9,6 +9,7 @@ import pytest
 import torch
 from contract_cases import TYPICAL
 from torch import Tensor
+
 from vidkernels import OPS
 from vidkernels.checking import Errors, Results, border, check, compare, oracle, relative_error, run
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from contract_cases import AWKWARD, TYPICAL
 from torch import Tensor
+
 from vidkernels import OPS, Inputs, Op
 from vidkernels.checking import compare, oracle, run
 from vidkernels.op import TOLERANCES, Case

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from contract_cases import TYPICAL, implementations
 from torch import Tensor
+
 from vidkernels import OPS, BatchNorm, Inputs, conv2plus1d, conv3d
 
 CONVOLUTIONS = [*implementations(OPS["conv3d"]), *implementations(OPS["depthwise_conv3d"])]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-import vidkernels
 from contract_cases import AWKWARD, TYPICAL
 from torch import Tensor
+
+import vidkernels
 from vidkernels import OPS, BatchNorm, Case, Inputs, Op, Unavailable, WeightNorm
 from vidkernels import op as registry
 from vidkernels.op import check_tensor, compiled, dtype_name, memory_format_name, tensors_of, wide, widened

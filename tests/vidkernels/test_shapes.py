@@ -9,6 +9,7 @@ from contract_cases import AWKWARD, TYPICAL
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
+
 from vidkernels import OPS
 from vidkernels.op import tensors_of
 from vidkernels.shapes import conv_size, mid_channels, tcn_receptive_field, tensor_bytes, triple

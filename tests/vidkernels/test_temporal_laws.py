@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from contract_cases import TYPICAL, implementations
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+
 from vidkernels import OPS, Inputs, WeightNorm, causal_conv1d, lstm, rnn, tcn_block
 from vidkernels.checking import relative_error, run
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vidkernels.shapes import Triple
 
 from vidbench.models.sizes import scaled
+from vidkernels.shapes import Triple
 
 
 def _same_padding(x: Tensor, kernel: Triple, stride: Triple) -> tuple[Triple, tuple[int, ...] | None]:

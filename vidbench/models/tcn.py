@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
-from vidkernels.shapes import tcn_receptive_field
 
 from vidbench.models.resnet2d import ResNet18
 from vidbench.models.sizes import FrameSize, scaled
+from vidkernels.shapes import tcn_receptive_field
 
 
 class TcnState(NamedTuple):

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from vidkernels.shapes import mid_channels
 
 from vidbench.models.sizes import scaled
+from vidkernels.shapes import mid_channels
 
 Kind = Literal["3d", "2d", "2plus1d"]
 """3×3×3; 1×3×3; 1×3×3 and 3×1×1 with batch norm and ReLU between."""

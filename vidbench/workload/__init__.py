@@ -6,7 +6,6 @@ The check compares with float64 of the same, already rounded, inputs, on inputs 
 from __future__ import annotations
 
 import torch
-from vidkernels import OPS
 
 from vidbench import models
 from vidbench.sweep import Point
@@ -14,6 +13,7 @@ from vidbench.workload.base import CheckFailed, Cost, Unfit, Workload
 from vidbench.workload.model import MODEL_IMPLEMENTATIONS, ModelWorkload
 from vidbench.workload.op import OpWorkload
 from vidbench.workload.stage import STAGES, StageWorkload
+from vidkernels import OPS
 
 __all__ = ["CheckFailed", "Cost", "Unfit", "Workload", "implementations", "workload"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vidkernels.op import DTYPES
 
 from vidbench.records import Counts, Error
 from vidbench.sweep import Point
+from vidkernels.op import DTYPES
 
 TIMED_SEED, CHECK_SEED = 0, 1
 

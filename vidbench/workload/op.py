@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vidkernels import OPS, checking
-from vidkernels.op import Case, Inputs, Op, tensors_of
 
 from vidbench import counting
 from vidbench.records import Error
 from vidbench.sweep import Point
 from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
+from vidkernels import OPS, checking
+from vidkernels.op import Case, Inputs, Op, tensors_of
+
+LIBRARY_SLACK = 2.0
 
 
 class OpWorkload(Workload):
@@ -49,8 +51,9 @@ class OpWorkload(Workload):
 
     def check(self) -> Error:
         training = self.case.training
-        inputs = self.op.inputs(self.case, seed=CHECK_SEED, device=self.device)
-        key = (self.op.name, replace(self.case, memory_format="contiguous"))
+        case = self.case.without_randomness()
+        inputs = self.op.inputs(case, seed=CHECK_SEED, device=self.device)
+        key = (self.op.name, self.point.device, replace(case, memory_format="contiguous"))
         want, library = ORACLE.get(key, lambda: self._oracle(inputs))
         before = inputs.map(torch.clone)
         if self.point.mode == "stream":
@@ -59,7 +62,9 @@ class OpWorkload(Workload):
         else:
             got = checking.run(self.implementation.fn, inputs, gradients=training)
         errors = checking.compare(self.op, got, want)
-        failures = errors.failures(self.op, self.case, library)
+        # The library is the yardstick: in 16 bits torch itself may miss a gate that ours must pass.
+        slack = LIBRARY_SLACK if self.implementation.name == "library" else 1.0
+        failures = errors.failures(self.op, self.case, library, slack=slack)
         if not training and not all(map(torch.equal, before.tensors(), inputs.tensors())):
             failures.append("the inputs were changed")
         if failures:
@@ -68,7 +73,7 @@ class OpWorkload(Workload):
 
     def _oracle(self, inputs: Inputs) -> tuple[checking.Results, checking.Errors | None]:
         training = self.case.training
-        want = checking.oracle(self.op, self.case, inputs, gradients=training)
+        want = checking.oracle(self.op, self.case.without_randomness(), inputs, gradients=training)
         library = self.op["library"]
         if library.why_not(self.case, self.device):
             return want, None
@@ -81,10 +86,9 @@ class OpWorkload(Workload):
         assert step is not None  # checked in __init__
         time_axis = 1 if self.op.name in ("rnn", "lstm") else 2
         frames, *weights = inputs.args
-        kwargs = {name: value for name, value in inputs.kwargs.items() if name != "training"}
         with torch.no_grad():
             for frame in frames.split(1, time_axis):
-                y, state = step(frame, *weights, state=state, **kwargs)
+                y, state = step(frame, *weights, state=state, **inputs.kwargs)
                 outputs.append(y)
         return torch.cat(outputs, time_axis)
 

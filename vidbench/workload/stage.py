@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vidkernels.checking import relative_error
 
 from vidbench.data import flow, video
 from vidbench.records import Error
 from vidbench.sweep import Point
 from vidbench.workload.base import CheckFailed, Cost, Unfit, Workload
+from vidkernels.checking import relative_error
 
 STAGES: dict[str, tuple[str, ...]] = {
     "decode": ("pyav",),
