@@ -143,7 +143,7 @@ class Environment:
     clocks: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     flops_per_s: Mapping[str, float] = field(default_factory=dict)
-    """Measured ceiling of a matrix product, by `device/dtype`."""
+    """Measured ceiling of products, by `device/dtype`."""
     bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     """Measured ceiling of a copy, by `device/footprint in bytes`."""
 

@@ -12,12 +12,14 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -90,7 +92,13 @@ def receive(connection: socket.socket, kind: Any, *, fds: list[int] | None = Non
         if not part:
             return None
         body += part
-    return msgspec.msgpack.decode(bytes(body), type=kind)
+    return _decoder(kind).decode(body)
+
+
+@cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Made once: working out a record's types takes longer than most messages."""
+    return msgspec.msgpack.Decoder(kind)
 
 
 def end_with_parent() -> None:
@@ -125,17 +133,26 @@ def serve(control: socket.socket) -> None:
             send(control, status)
 
 
+AHEAD = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.profiler._cupti_monitor",
+    "torch.utils._device",
+    "torch.utils.flop_counter",
+    "vidbench.counting",
+    "vidbench.measure",
+    "vidbench.training",
+    "fvcore.nn",
+)
+"""What workers use, imported before they are forked; what is not installed, or is of another torch, is passed over."""
+
+
 def _import_ahead() -> None:
-    """Everything a worker needs, none of which may touch a device or start a thread."""
+    """Imports `AHEAD`: nothing of it may touch a device or start a thread."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a device must not open it before the fork
-
-    import vidbench.counting
-    import vidbench.environment
-    import vidbench.measure
-    import vidbench.training  # noqa: F401
-
-    with contextlib.suppress(ImportError):  # counting does without it
-        import fvcore.nn  # noqa: F401
+    for name in AHEAD:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _become_worker(connection_fd: int, log_fd: int) -> None:

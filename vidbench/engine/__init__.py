@@ -37,7 +37,7 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     timeout_s: float = 600.0,
-    seconds: float = 0.5,
+    seconds: float | None = None,
     video: Path | None = None,
     command: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -53,7 +53,7 @@ def run(
         out: Run folder; None makes `runs/<utc>-<suite>`.
         resume: Does only what the folder lacks.
         timeout_s: A point that takes longer is given up, with its worker.
-        seconds: Budget for sampling one point in one round.
+        seconds: Budget for sampling one point in one round; None takes the suite's own.
         video: A video file that clips are taken from.
         command: What reproduces this run; None takes the process's own command line.
         progress: Called before and after every point.
@@ -69,6 +69,7 @@ def run(
 
         probe(video)
     rounds = rounds or planned.rounds
+    seconds = seconds or planned.seconds
     folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{suite}"
     with LocalEngine(timeout_s=timeout_s) as engine:
         device, dtypes = _devices(planned)
