@@ -25,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes as long to import as all the rest
     help="Which architecture and which kernel for this clip length, batch size and machine? "
     "Measures video classification models and their kernels, with numbers that can be trusted.",
 )

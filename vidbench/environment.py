@@ -217,6 +217,7 @@ def _flags() -> Mapping[str, str]:
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor.exists():
         flags["cpu_governor"] = governor.read_text().strip()
-    flags["cudnn.benchmark"] = "true"
+    if torch.cuda.is_available():
+        flags["cudnn.benchmark"] = str(torch.backends.cudnn.benchmark).lower()
     flags["onednn"] = str(torch.backends.mkldnn.is_available()).lower()
     return flags

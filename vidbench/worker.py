@@ -180,6 +180,9 @@ def _become_worker(connection_fd: int, log_fd: int) -> None:
 
 
 def _work(connection: socket.socket) -> None:
+    import torch
+
+    torch.backends.cudnn.benchmark = True  # a baseline is the best that a user could pick
     environment: Environment | None = None
     costs: dict[str, Any] = {}
     while (request := receive(connection, Describe | Adopt | Task)) is not None:

@@ -16,12 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from vidbench import worker as protocol
 from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
 
 START_TIMEOUT_S = 300.0
 """For importing torch on a slow disk."""
+
+GRACE_S = 10.0
+"""For a worker that hung up to end by itself."""
 
 REASON_CHARACTERS = 300
 
@@ -87,6 +92,10 @@ class LocalEngine:
             return Measurement(point, round, "timeout", reason, wall_s=time.perf_counter() - started)
         except (BrokenPipeError, ConnectionResetError):
             answer = None
+        except msgspec.MsgspecError as error:
+            self._kill(worker)
+            reason = f"the worker's answer is unreadable: {error}"
+            return Measurement(point, round, "crashed", reason, wall_s=time.perf_counter() - started)
         if answer is not None:
             if point.implementation == "compiled":
                 self.retire()  # compiled code and its caches belong to one point
@@ -174,13 +183,28 @@ class LocalEngine:
         return "crashed", "killed by SIGKILL from outside"
 
     def _reap(self, worker: _Worker) -> int:
-        """Waits for the worker's end; its wait status."""
+        """Waits for the worker's end, kills it when it does not come; its wait status."""
         worker.connection.close()
         worker.log.close()
         self._worker = None
+        deadline = time.monotonic() + GRACE_S
+        while not _ended(worker.pid):
+            if time.monotonic() > deadline:
+                os.kill(worker.pid, signal.SIGKILL)
+                break
+            time.sleep(0.001)
         protocol.send(self._control, ["wait", worker.pid])
         status: int | None = protocol.receive(self._control, int)
         return 0 if status is None else status
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process is gone or waits to be reaped."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
 def _with_transport(measurement: Measurement, elapsed_s: float) -> Measurement:

@@ -18,12 +18,17 @@ SCALE = {"latency_s": (1e3, "ms"), "throughput_clips_per_s": (1.0, "clips/s"), "
 AXIS = {"clip_length": "clip length (frames)", "batch_size": "batch size (clips)"}
 SYMBOL = {"clip_length": "T", "batch_size": "N"}
 
-RECURRENT = {"TCN": ("tcn", "tcn_block", "cnn_tcn"), "LSTM": ("lstm", "cnn_lstm"), "RNN": ("rnn", "cnn_rnn")}
-VOLUMETRIC = {
-    "3D": ("conv3d", "r3d_18"),
-    "(2+1)D": ("conv2plus1d", "r2plus1d_18"),
-    "C3D": ("c3d",),
-}
+Families = Mapping[str, tuple[str, ...]]
+
+RECURRENT: tuple[Families, ...] = (
+    {"TCN": ("tcn",), "LSTM": ("lstm",), "RNN": ("rnn",), "TCN block": ("tcn_block",)},
+    {"TCN": ("cnn_tcn",), "LSTM": ("cnn_lstm",), "RNN": ("cnn_rnn",)},
+)
+VOLUMETRIC: tuple[Families, ...] = (
+    {"3D": ("conv3d",), "(2+1)D": ("conv2plus1d",)},
+    {"3D": ("r3d_18",), "(2+1)D": ("r2plus1d_18",), "C3D": ("c3d",)},
+)
+"""Families that do the same job on the same input, first the kernels, then whole models."""
 
 
 def usable(frame: pd.DataFrame, *needed: str) -> pd.DataFrame:
@@ -147,30 +152,24 @@ def _wrapped(title: str) -> str:
     return "\n".join(textwrap.wrap(title, 50)[:2])
 
 
-def families(frame: pd.DataFrame, members: Mapping[str, tuple[str, ...]]) -> Figure | None:
+def families(frame: pd.DataFrame, jobs: tuple[Families, ...]) -> Figure | None:
     """Latency over clip length of whole families, each by its fastest implementation at every point.
 
     Panels hold what has two families or more; where a family has several cases in one panel, their median is drawn.
     """
-    family = {workload: name for name, workloads in members.items() for workload in workloads}
-    rows = usable(frame, "clip_length", "latency_s")
-    rows = rows[rows["workload"].isin(list(family))]
-    if rows.empty:
+    parts: list[tuple[str, pd.DataFrame]] = []
+    left_out = ""
+    for members, job in zip(jobs, ("kernels", "models"), strict=True):
+        panels, note = _family_panels(frame, members)
+        parts += [(" · ".join(filter(None, (job, title))), part) for title, part in panels]
+        left_out = left_out or note
+    if not parts:
         return None
-    rows = rows.assign(family=rows["workload"].map(family))
-    own = [name for name in (*POINT_COLUMNS, *case_columns(frame)) if name not in ("implementation", "clip_length")]
-    fastest = rows.loc[rows.groupby(["run_id", *own, "clip_length"], dropna=False)["latency_s"].idxmin()]
-    shared = [
-        name
-        for name in (*own, "run_id")
-        if name not in ("workload", "seed") and fastest.groupby("family")[name].apply(lambda v: v.notna().any()).all()
-    ]
-    groups = fastest.groupby(shared, dropna=False, sort=False)
-    fastest = fastest[(groups["family"].transform("nunique") >= 2) & (groups["clip_length"].transform("nunique") >= 2)]
-    if fastest.empty:
-        return None
-    parts, left_out = style.facets(fastest, shared)
-    colours = dict(zip(members, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
+    if len(parts) > style.MAX_FACETS:
+        left_out = f"{len(parts) - style.MAX_FACETS:,} of {len(parts):,} panels are left out"
+        parts = parts[: style.MAX_FACETS]
+    names = list(dict.fromkeys(name for members in jobs for name in members))
+    colours = dict(zip(names, ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=False))
     with style.styled():
         figure, axes = style.panels(len(parts))
         merged = False
@@ -180,7 +179,7 @@ def families(frame: pd.DataFrame, members: Mapping[str, tuple[str, ...]]) -> Fig
                 merged |= len(line) < len(group)
                 who = ", ".join(sorted({f"{r.workload} {r.implementation}" for r in group.itertuples()})[:2])
                 draw_line(ax, line, "clip_length", "latency_s", 1e3, colours[str(name)], "-", f"{name}: {who}")
-            finish(ax, part, "clip_length", title or "all", part["family"].nunique())
+            finish(ax, part, "clip_length", title, part["family"].nunique())
             ax.set_xlabel(AXIS["clip_length"])
             ax.set_ylabel("latency per call (ms)")
         style.note(
@@ -190,6 +189,31 @@ def families(frame: pd.DataFrame, members: Mapping[str, tuple[str, ...]]) -> Fig
             left_out,
         )
     return figure
+
+
+def _family_panels(frame: pd.DataFrame, members: Families) -> tuple[list[tuple[str, pd.DataFrame]], str]:
+    """The fastest rows of each family by panel, with the panel's title; the text says what was left out."""
+    family = {workload: name for name, workloads in members.items() for workload in workloads}
+    rows = usable(frame, "clip_length", "latency_s")
+    rows = rows[rows["workload"].isin(list(family))]
+    if rows.empty:
+        return [], ""
+    rows = rows.assign(family=rows["workload"].map(family))
+    if {"hidden_size", "out_channels"} <= set(rows.columns):
+        # The width of a TCN block is its channels; families are compared at equal width.
+        width = rows["hidden_size"].where(rows["hidden_size"].notna(), rows["out_channels"])
+        rows = rows.assign(hidden_size=width.where(rows["workload"].isin(["tcn_block"]), rows["hidden_size"]))
+    own = [name for name in (*POINT_COLUMNS, *case_columns(frame)) if name not in ("implementation", "clip_length")]
+    fastest = rows.loc[rows.groupby(["run_id", *own, "clip_length"], dropna=False)["latency_s"].idxmin()]
+    shared = [
+        name
+        for name in (*own, "run_id")
+        if name not in ("workload", "kind", "seed")
+        and fastest.groupby("family")[name].apply(lambda v: v.notna().any()).all()
+    ]
+    groups = fastest.groupby(shared, dropna=False, sort=False)
+    fastest = fastest[(groups["family"].transform("nunique") >= 2) & (groups["clip_length"].transform("nunique") >= 2)]
+    return style.facets(fastest, shared) if not fastest.empty else ([], "")
 
 
 def _median_line(group: pd.DataFrame) -> pd.DataFrame:

@@ -159,7 +159,7 @@ def roofline(frame: pd.DataFrame, colours: Colours = None, environments: Environ
 
 
 def _ceilings(environment: Environment | None, device: str, dtype: str) -> list[Roof]:
-    """FLOP/s, bytes/s, dash and name of each roof: copies of the largest footprint and of the smallest."""
+    """FLOP/s, bytes/s, dash and name of each roof: copies of the largest footprint and of the fastest."""
     if environment is None or not (compute := environment.flops_per_s.get(f"{device}/{dtype}")):
         return []
     copies = sorted(
@@ -170,7 +170,8 @@ def _ceilings(environment: Environment | None, device: str, dtype: str) -> list[
     )
     roofs: list[Roof] = []
     if copies:
-        (footprint, speed), (small, fast) = copies[-1], copies[0]
+        footprint, speed = copies[-1]
+        small, fast = max(copies, key=lambda copy: copy[1])
         roofs.append((compute, speed, "-", f"ceiling, copy of {footprint / 2**20:,.4g} MiB"))
         if small != footprint:
             roofs.append((compute, fast, ":", f"ceiling, copy of {small / 2**20:,.4g} MiB"))
