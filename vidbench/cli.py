@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -91,10 +91,11 @@ def sweep(
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,
 ) -> None:
     """Measure a suite: check, time, count, and write a run folder."""
-    from vidbench.engine import run
+    from vidbench.engine import new_folder, run
 
     if resume and out is None:
         raise RequestError("--resume needs --out DIR: the folder to go on with")
+    out = out or new_folder(suite)
     texts = list(axis or [])
     given = {"implementation": implementation, "mode": mode, "device": device, "dtype": dtype}
     texts += [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -109,10 +110,11 @@ def sweep(
             resume=resume,
             timeout_s=timeout,
             video=video,
+            command=shlex.join(["vidbench", *sys.argv[1:]]),
             progress=show,
         )
     except KeyboardInterrupt:
-        typer.echo("vidbench: interrupted; what was measured is kept: add --resume --out DIR to go on", err=True)
+        typer.echo(f"vidbench: interrupted; what was measured is kept: add --resume --out {out} to go on", err=True)
         raise typer.Exit(130) from None
     finally:
         show.close()
@@ -262,15 +264,11 @@ class Show:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
-        self.started = time.monotonic()
         self.bar: Any = None
-        self.already = 0
 
     def __call__(self, progress: Progress) -> None:
         if self.bar is None and self.stream.isatty():
             self._open()
-        if progress.measurement is None and progress.done and not self.already:
-            self.already = progress.done
         point = progress.point
         name = f"{point.workload}/{point.implementation} {point.mode}"
         if self.bar is not None:

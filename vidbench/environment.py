@@ -135,17 +135,20 @@ def _best(call: Callable[[], object], device: str, seconds: float) -> float:
 
 
 class precision:
-    """Sets the backends' switches for a dtype and puts them back: fp32 means no TF32 anywhere."""
+    """Sets the backends' switches and puts them back: fp32 means no TF32 anywhere, and cuDNN picks its best kernel."""
 
     def __init__(self, dtype: str) -> None:
         self.allow = dtype == "tf32"
 
     def __enter__(self) -> None:
-        self.before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        self.before = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark)
+        cudnn.benchmark = True  # a baseline is the best that a user could pick
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.allow
 
     def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = self.before
 
 
 def cache_bytes(device: str) -> int:
@@ -177,7 +180,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The driver's version, from NVML where nvidia-ml-py is installed, else from the kernel module."""
+    """The driver's version, from the kernel module."""
     module = Path("/sys/module/nvidia/version")
     return module.read_text().strip() if module.exists() else None
 
@@ -217,7 +220,5 @@ def _flags() -> Mapping[str, str]:
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor.exists():
         flags["cpu_governor"] = governor.read_text().strip()
-    if torch.cuda.is_available():
-        flags["cudnn.benchmark"] = str(torch.backends.cudnn.benchmark).lower()
     flags["onednn"] = str(torch.backends.mkldnn.is_available()).lower()
     return flags

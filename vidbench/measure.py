@@ -1,55 +1,37 @@
-"""measure(): check, count, warm up, sample, check again; timers, memory and trust.
+"""measure(): count, first call, check, memory, warm up, sample, check again, judge.
 
 What is done about each known way to get a number wrong is listed in docs/measurement.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import CellType, ModuleType
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 
-from vidbench.environment import cache_bytes, ceilings, precision, raise_ceilings
-from vidbench.records import Ceilings, Environment, Measurement, Memory, Trust
-from vidbench.sweep import Point
+from vidbench.environment import ceilings, precision, raise_ceilings
+from vidbench.memory import foreign_bytes, measure_memory
+from vidbench.records import Ceilings, Environment, Error, Measurement, Trust
+from vidbench.sweep import Point, RequestError
+from vidbench.timing import Budget, Samples, Timer, median_interval, sample, warm_up
 from vidbench.workload import CheckFailed, Cost, Unfit, workload
-from vidkernels import Inputs
+from vidkernels.checking import relative_error
+from vidkernels.op import tensors_of
 
 CEILING_TOLERANCE = 1.1
 """A result this far above the device's own measured ceiling is a fault of the measurement."""
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""Words of errors by which allocators and libraries say so."""
 
-@dataclass(frozen=True)
-class Budget:
-    """When sampling ends: as soon as the median is known well enough, or when its time is spent."""
-
-    seconds: float = 0.5
-    relative_half_width: float = 0.02
-    """Of the 95 % interval of the median."""
-    least: int = 5
-    most: int = 100
-    shortest_sample_s: float = 2e-4
-    """Shorter calls are timed several at a time, so that the clock's own cost stays below a thousandth."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Seconds per call."""
-
-    device_s: Sequence[float]
-    host_s: Sequence[float] = ()
-    """Host seconds where device time was taken as well."""
-    stop: str = "converged"
-    calls_per_sample: int = 1
+Sampler = Callable[[Callable[[], Any], Timer, Budget], Samples]
 
 
 class Stopwatch:
@@ -63,81 +45,6 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._started
-
-
-Sampler = Callable[[Callable[[], Any], "Timer", Budget], Samples]
-
-
-class Timer:
-    """Times blocks of calls on a device, with its caches warm (`hot`), flushed (`cold`), or replayed (`graph`)."""
-
-    def __init__(self, device: str, regime: str) -> None:
-        self.cuda = device == "cuda"
-        flush = 2 * cache_bytes(device) if regime == "cold" else 0
-        self._flush = torch.ones(flush // 4, device=device) if flush else None
-        if self.cuda:
-            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def __call__(self, call: Callable[[], Any], calls: int = 1) -> tuple[float, float]:
-        """(device, host) seconds per call; on a CPU both are the host's."""
-        if self._flush is not None:
-            self._flush.mul_(1.0)  # reads and writes twice the cache, outside the timed span
-        if not self.cuda:
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            elapsed = (time.perf_counter() - start) / calls
-            return elapsed, elapsed
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self._start.record()
-        for _ in range(calls):
-            call()
-        self._end.record()
-        # All streams are waited for: work that a kernel hides on a stream of its own shows in the host's time.
-        torch.cuda.synchronize()
-        host = (time.perf_counter() - start) / calls
-        return self._start.elapsed_time(self._end) / 1e3 / calls, host
-
-
-def median_interval(samples: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median from order statistics: no shape of distribution is assumed.
-
-    Source: Conover, Practical Nonparametric Statistics (3rd ed.), §3.2, normal approximation of the binomial.
-    """
-    ordered, n = sorted(samples), len(samples)
-    half = 1.96 * math.sqrt(n) / 2
-    return ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]
-
-
-def sample(call: Callable[[], Any], timer: Timer, budget: Budget) -> Samples:
-    """Samples until the interval of the median is narrow enough, or the budget ends."""
-    once, _ = timer(call)
-    calls = max(1, math.ceil(budget.shortest_sample_s / max(once, 1e-8)))
-    device: list[float] = []
-    host: list[float] = []
-    end = time.perf_counter() + budget.seconds
-    stop = "budget"
-    while len(device) < budget.most and (time.perf_counter() < end or len(device) < min(3, budget.least)):
-        seconds, on_host = timer(call, calls)
-        device.append(seconds)
-        host.append(on_host)
-        if len(device) >= budget.least:
-            low, high = median_interval(device)
-            if high - low <= 2 * budget.relative_half_width * statistics.median(device):
-                stop = "converged"
-                break
-    return Samples(device, host if timer.cuda else (), stop, calls)
-
-
-def warm_up(call: Callable[[], Any], timer: Timer, seconds: float) -> None:
-    """Calls until three in a row no longer beat the best by 5 %, or the time is spent."""
-    best, since = math.inf, 0
-    end = time.perf_counter() + seconds
-    while since < 3 and time.perf_counter() < end:
-        elapsed, _ = timer(call)
-        since = 0 if elapsed < 0.95 * best else since + 1
-        best = min(best, elapsed)
 
 
 def measure(
@@ -177,20 +84,21 @@ def measure(
     try:
         with precision(point.dtype):
             return _measure(point, environment, budget or Budget(), video, sampler, costs, row, spent)
-    except Unfit as why:
+    except (Unfit, RequestError) as why:
         return row("skipped", str(why))
     except CheckFailed as wrong:
         return row("failed", str(wrong), error=wrong.error)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return row("oom", _first_line(error))
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "out of memory" in str(error):
+        if any(words in str(error) for words in OUT_OF_MEMORY):
             return row("oom", _first_line(error))
         raise
     finally:
         gc.collect()
         if point.device == "cuda":
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # a broken context would hide what broke it
+                torch.cuda.empty_cache()
 
 
 def _measure(
@@ -203,7 +111,7 @@ def _measure(
     row: Callable[..., Measurement],
     spent: Stopwatch,
 ) -> Measurement:
-    _reset_peak_resident()
+    foreign = foreign_bytes(point.device)
     with spent:
         work = workload(point, video)
         cost = _cost(point, work, costs)
@@ -212,14 +120,19 @@ def _measure(
     with spent:
         cold_start, _ = timer(call)
         work.check()  # on inputs other than the first call's, so that a cached answer is a wrong one
-    memory = _memory(point.device, call, spent)
-    if point.regime == "graph":
-        call = _captured(call)
+
+    def settled() -> None:
+        with spent:
+            call()
+
+    # What decoders and optical flow allocate is not torch's, and would read as nothing.
+    memory = None if point.kind == "stage" else measure_memory(point.device, settled, foreign + timer.own_bytes)
+    timed = _captured(call) if point.regime == "graph" else call
     with spent:
-        warm_up(call, timer, seconds=2 * budget.seconds)
+        warm_up(timed, timer, seconds=2 * budget.seconds)
     cpu_before = psutil.cpu_times()
     with spent:
-        samples = sampler(call, timer, budget)
+        samples = sampler(timed, timer, budget)
     steal = _steal(cpu_before)
     with spent:
         error = work.check()
@@ -273,92 +186,27 @@ def _fraction(held: Ceilings, cost: Cost, seconds: float) -> float:
 
 
 def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """A CUDA graph of the call, to be replayed."""
+    """A CUDA graph of the call, to be replayed; what it computes is compared with the call's own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # capture wants a warm call on a side stream first
-        call()
+        want = [tensor.clone() for tensor in tensors_of(call())]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+        static = tensors_of(call())
+    graph.replay()
+    worst = max((relative_error(got, wanted) for got, wanted in zip(static, want, strict=True)), default=0.0)
+    if not worst <= GRAPH_GATE:
+        raise CheckFailed(f"the graph's output differs from the call's by {worst:.2e}", Error(worst, GRAPH_GATE))
+
+    def replay(_alive: Callable[[], Any] = call) -> None:  # its closure holds the inputs that the graph reads
+        graph.replay()
+
+    return replay
 
 
-def _memory(device: str, call: Callable[[], Any], spent: Stopwatch) -> Memory:
-    """Live bytes and their peak around one call, exact: from the allocator's own events."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        retries = torch.cuda.memory_stats()["num_alloc_retries"]
-        with spent:
-            call()
-            torch.cuda.synchronize()
-        return Memory(
-            live_before_bytes=before,
-            peak_bytes=torch.cuda.max_memory_allocated(),
-            reserved_bytes=torch.cuda.max_memory_reserved(),
-            allocator_retries=torch.cuda.memory_stats()["num_alloc_retries"] - retries,
-        )
-    before = _live_tensor_bytes(call)
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile, spent:
-        call()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return Memory(before, before + peak, peak_resident_bytes=_peak_resident())
-
-
-def _live_tensor_bytes(call: Callable[[], Any]) -> int:
-    """Bytes of the tensors that a call keeps alive: inputs, weights, gradients, optimiser state; each storage once.
-
-    Found by walking from the call's closure, so that what the check holds beside it is not counted.
-    """
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-    waiting: list[Any] = [call]
-    while waiting:
-        thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, str | int | float | type | ModuleType):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            waiting.append(thing.grad if thing.is_leaf else None)
-        elif isinstance(thing, Mapping):
-            waiting += [*thing.keys(), *thing.values()]
-        elif isinstance(thing, list | tuple | set):
-            waiting += thing
-        elif isinstance(thing, CellType):
-            waiting.append(thing.cell_contents)
-        else:
-            waiting += getattr(thing, "__closure__", None) or ()
-            waiting.append(getattr(thing, "__self__", None))
-            if isinstance(thing, torch.nn.Module | torch.optim.Optimizer | Inputs):
-                waiting.append(vars(thing))
-    return sum(storages.values())
-
-
-def _reset_peak_resident() -> None:
-    """Lets the kernel's record of the peak resident set start anew (Linux ≥ 4.0)."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-
-
-def _peak_resident() -> int | None:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+GRAPH_GATE = 1e-6
 
 
 def _steal(before: Any) -> float:
@@ -382,12 +230,14 @@ def _trust(samples: Samples, steal: float) -> tuple[Trust, tuple[str, ...]]:
         drift = statistics.median(samples.device_s[middle:]) / statistics.median(samples.device_s[:middle]) - 1
         if abs(drift) > 0.1:
             fair.append(f"drifted {drift:+.0%} while sampling")
+    if 2 * samples.hidden > len(samples.device_s):
+        poor.append("the device went on working on another stream when the call's own had ended")
     if steal > 0.02:
         fair.append(f"the hypervisor took {steal:.0%} of the processor")
     if samples.host_s:
         host = statistics.median(samples.host_s)
-        if host > 2 * median and host > 1e-5:
-            fair.append(f"launch-bound: host {host * 1e6:.0f} µs, device {median * 1e6:.0f} µs")
+        if host > median:
+            fair.append(f"launch-bound: enqueueing takes {host * 1e6:.0f} µs, the device {median * 1e6:.0f} µs")
     return ("poor" if poor else "fair" if fair else "good"), (*poor, *fair)
 
 

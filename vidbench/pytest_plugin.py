@@ -8,6 +8,7 @@ A test that takes the fixtures `point` and `measure_point` is run for every poin
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vidbench.measure import Budget, Samples, Timer
     from vidbench.records import Environment, Measurement
     from vidbench.results import RunWriter
-    from vidbench.sweep import Point
+    from vidbench.sweep import Point, Sweep
+    from vidbench.timing import Budget, Samples, Timer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,35 +44,40 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
 
-def _points(config: pytest.Config) -> list[Point]:
-    """The points of the suite asked for; trainings are left to `vidbench sweep`."""
+def _sweeps(config: pytest.Config) -> tuple[Sweep, ...]:
+    """The sweeps asked for; trainings are left to `vidbench sweep`."""
+    from vidbench.engine import choose, devices
     from vidbench.suites import plan
     from vidbench.sweep import RequestError, parse_axes
+    from vidbench.workload import implementations
 
     try:
         axes = parse_axes(config.getoption("--vidbench-axis"))
-        wanted = {str(name) for name in axes.pop("implementation", ())}
+        wanted = tuple(map(str, axes.pop("implementation", ())))
         planned = plan(config.getoption("--vidbench-suite"), axes=axes)
+        timed = tuple(sweep for sweep in planned.sweeps if sweep.kind in ("op", "model"))
+        devices(timed)
+        return choose(timed, wanted, {sweep.workload: implementations(sweep.workload, sweep.kind) for sweep in timed})
     except RequestError as error:
         raise pytest.UsageError(str(error)) from None
-    points = {p.key: p for sweep in planned.sweeps for p in sweep.points() if p.kind in ("op", "model")}
-    return [point for point in points.values() if not wanted or point.implementation in wanted]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"point", "measure_point"} <= set(metafunc.fixturenames):
-        points = _points(metafunc.config)
-        if not points:
-            raise pytest.UsageError("no point has the implementation asked for by --vidbench-axis implementation=…")
-        metafunc.parametrize("point", points, ids=[point.key for point in points])
+        points = {point.key: point for sweep in _sweeps(metafunc.config) for point in sweep.points()}
+        metafunc.parametrize("point", points.values(), ids=points)
 
 
 @pytest.fixture(scope="session")
 def _vidbench_environment(pytestconfig: pytest.Config) -> Environment:
+    from vidbench.engine import devices
     from vidbench.environment import describe
+    from vidbench.sweep import RequestError
 
-    points = _points(pytestconfig)
-    return describe(points[0].device, sorted({point.dtype for point in points}))
+    try:
+        return describe(*devices(_sweeps(pytestconfig)))
+    except RequestError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.fixture(scope="session")
@@ -81,19 +87,19 @@ def _vidbench_writer(pytestconfig: pytest.Config, _vidbench_environment: Environ
         yield None
         return
     from vidbench.results import RunWriter
-    from vidbench.suites import plan
-    from vidbench.sweep import parse_axes
+    from vidbench.sweep import RequestError
 
-    suite = pytestconfig.getoption("--vidbench-suite")
-    axes = parse_axes(pytestconfig.getoption("--vidbench-axis"))
-    axes.pop("implementation", None)
-    with RunWriter.create(
-        Path(folder),
-        suite=suite,
-        sweeps=plan(suite, axes=axes).sweeps,
-        environment=_vidbench_environment,
-        command=" ".join(("pytest", *pytestconfig.invocation_params.args)),
-    ) as writer:
+    try:
+        writer = RunWriter.create(
+            Path(folder),
+            suite=pytestconfig.getoption("--vidbench-suite"),
+            sweeps=_sweeps(pytestconfig),
+            environment=_vidbench_environment,
+            command=shlex.join(("pytest", *map(str, pytestconfig.invocation_params.args))),
+        )
+    except RequestError as error:
+        raise pytest.UsageError(str(error)) from None
+    with writer:
         yield writer
 
 
@@ -111,6 +117,9 @@ def measure_point(
 ) -> Callable[[Point], Measurement]:
     """Measures a point with pytest-benchmark's clock; what the benchmark's row cannot hold goes to `extra_info`."""
     from vidbench.measure import measure
+
+    if benchmark.disabled:
+        pytest.skip("pytest-benchmark is switched off here (--benchmark-disable, or xdist)")
 
     def sampler(call: Callable[[], Any], timer: Timer, budget: Budget) -> Samples:
         return _pedantic(benchmark, call, timer, budget)
@@ -132,18 +141,19 @@ def measure_point(
 
 def _pedantic(benchmark: Any, call: Callable[[], Any], timer: Timer, budget: Budget) -> Samples:
     """Samples by `benchmark.pedantic`; on a device, device time is taken inside each."""
-    from vidbench.measure import Samples
+    from vidbench.timing import Samples, calls_per_sample
 
     once, _ = timer(call)
-    calls = max(1, round(budget.shortest_sample_s / max(once, 1e-8)))
+    calls = calls_per_sample(call, timer, budget)
     rounds = min(budget.most, max(budget.least, int(budget.seconds / max(once * calls, 1e-8))))
     if not timer.cuda:
-        benchmark.pedantic(call, iterations=calls, rounds=rounds)
+        benchmark.pedantic(call, setup=timer.flush if timer.cold else None, iterations=calls, rounds=rounds)
         return Samples(list(benchmark.stats.stats.data), stop="fixed count", calls_per_sample=calls)
     times: list[tuple[float, float]] = []
-    benchmark.pedantic(lambda: times.append(timer(call, calls)), rounds=rounds)
+    # One call a sample: the benchmark's own row is then the time of a call, its enqueueing and waiting included.
+    benchmark.pedantic(lambda: times.append(timer(call)), rounds=rounds)
     device, host = zip(*times, strict=True)
-    return Samples(device, host, "fixed count", calls)
+    return Samples(device, host, "fixed count", hidden=timer.hidden)
 
 
 def _extra_info(measured: Measurement) -> dict[str, Any]:

@@ -150,4 +150,7 @@ class Environment:
     @property
     def identity(self) -> tuple[str | None, ...]:
         """What must agree before measurements may be joined into one run."""
-        return (self.machine, self.driver, self.torch, self.triton, self.git_commit)
+        return (
+            self.machine, str(self.threads), self.driver, self.cudnn,
+            self.python, self.torch, self.triton, self.git_commit,
+        )  # fmt: skip

@@ -35,7 +35,7 @@ READABLE = (1,)
 HEADER = "run.json"
 LINES = "measurements.jsonl"
 _TEMPORARY = ".run.json.tmp"
-_IDENTITY = ("machine", "driver", "torch", "triton", "git_commit")
+_IDENTITY = ("machine", "threads", "driver", "cudnn", "python", "torch", "triton", "git_commit")
 """The fields of `Environment.identity`, in its order."""
 
 

@@ -29,6 +29,22 @@ LAYOUTS = ("contiguous", "channels_last")
 MODEL_AXES = ("clip_length", "batch_size", "input_size", "height", "width", "width_multiplier", "num_classes")
 """Axes that every model takes, whether its sweep names them or not."""
 
+_CONV_AXES = ("in_channels", "clip_length", "batch_size", "height", "width", "input_size", "kernel_size", "stride",
+              "padding")  # fmt: skip
+_SEQUENCE_AXES = ("clip_length", "batch_size", "bias")
+OP_AXES: dict[str, tuple[str, ...]] = {
+    "conv3d": (*_CONV_AXES, "channels", "out_channels", "dilation", "bias"),
+    "depthwise_conv3d": (*_CONV_AXES, "dilation", "bias"),
+    "conv2plus1d": (*_CONV_AXES, "channels", "out_channels", "mid_channels"),
+    "causal_conv1d": (*_SEQUENCE_AXES, "channels", "in_channels", "out_channels", "kernel_size", "dilation"),
+    "tcn_block": (*_SEQUENCE_AXES, "channels", "in_channels", "out_channels", "kernel_size", "dilation", "dropout_p"),
+    "rnn": (*_SEQUENCE_AXES, "input_features", "hidden_size", "return_sequence"),
+    "lstm": (*_SEQUENCE_AXES, "input_features", "hidden_size", "return_sequence"),
+}
+"""Axes that an op takes, whether a sweep names them or not."""
+
+_STATE_WIDTH = ("cnn_rnn", "cnn_lstm", "cnn_tcn", "tcn")
+
 
 def _conv_sweeps(workload: str, layers: Iterable[Mapping[str, Value]], **axes: tuple[Value, ...]) -> tuple[Sweep, ...]:
     """One sweep per layer of the published networks."""
@@ -66,7 +82,7 @@ def _temporal_sweeps(
     """RNN, LSTM, one TCN block, and a TCN whose receptive field covers the clip, all of one width."""
     axes: Axes = {"mode": modes, "clip_length": lengths, "batch_size": (1,), "implementation": implementations}
     recurrent: dict[str, Value] = {"input_features": hidden_size, "hidden_size": hidden_size}
-    block: dict[str, Value] = {"in_channels": hidden_size, "out_channels": hidden_size, "kernel_size": 3, "dilation": 1}
+    block: dict[str, Value] = {"channels": hidden_size, "kernel_size": 3, "dilation": 1}
     eager = tuple("eager" if name == "library" else name for name in implementations if name != "reference")
     return (
         Sweep("rnn", axes=axes, fixed=recurrent),
@@ -77,7 +93,7 @@ def _temporal_sweeps(
 
 
 def model_sweep(name: str, axes: Axes | None = None, **fixed: Value) -> Sweep:
-    """A model at its published clip length and frame size, unless told otherwise."""
+    """A model at its published frame size, unless told otherwise."""
     spec = spec_of(name)
     default: Axes = {"clip_length": (8, 16), "batch_size": (1,), "implementation": ("eager",)}
     size = {"input_size": spec.input_size} if "features" not in spec.inputs else {}
@@ -174,7 +190,7 @@ SUITES: dict[str, Suite] = {
         Suite("models", "every model at its published size", tuple(model_sweep(name) for name in _video_models())),
     )
 }
-SUITES["full"] = Suite("full", "all of the above, compiled and in training too: hours on a CPU", _full())
+SUITES["full"] = Suite("full", "all of the above but quick's, compiled and in training too: hours on a CPU", _full())
 
 
 def plan(suite: str, *, axes: Axes | None = None, model_names: Iterable[str] = (), video: str | None = None) -> Suite:
@@ -203,23 +219,35 @@ def plan(suite: str, *, axes: Axes | None = None, model_names: Iterable[str] = (
 
 
 def _with_axes(suite: str, sweeps: tuple[Sweep, ...], axes: Axes) -> tuple[Sweep, ...]:
-    """The axes given, on every sweep that has them. A task's clips are its own: only its seed may change."""
+    """The axes given, on every sweep that takes them."""
     taken: set[str] = set()
     changed = []
     for sweep in sweeps:
-        known = {*sweep.names(), *POINT_AXES, *(MODEL_AXES if sweep.kind == "model" else ())}
-        if "input_size" in known:
-            known |= {"height", "width"}
-        if sweep.kind == "task":
-            known = {"seed"}
-        mine = {name: values for name, values in axes.items() if name in known}
+        mine = {name: values for name, values in axes.items() if name in _takes(sweep)}
         taken |= set(mine)
+        if sweep.workload == "tcn_block" and "hidden_size" in axes:
+            mine.setdefault("channels", axes["hidden_size"])  # a suite compares at equal width
         changed.append(sweep.override(mine))
     for name in axes:
         if name not in taken:
-            has = sorted({axis for sweep in sweeps for axis in sweep.names() if axis in AXES})
+            has = sorted({axis for sweep in sweeps for axis in _takes(sweep) if axis in AXES})
             raise RequestError(f"suite {suite!r} has no axis {name!r}: it has {', '.join(has)}")
     return tuple(changed)
+
+
+def _takes(sweep: Sweep) -> set[str]:
+    """The axes that may be set on a sweep. A task's clips are its own: only its seed may change."""
+    if sweep.kind == "task":
+        return {"seed"}
+    takes = {*sweep.names(), *POINT_AXES}
+    if sweep.kind == "op":
+        return takes | set(OP_AXES[sweep.workload])
+    takes |= {"clip_length", "batch_size", "num_classes", "width_multiplier"}
+    if "features" not in spec_of(sweep.workload).inputs:
+        takes |= set(MODEL_AXES)
+    if sweep.workload in _STATE_WIDTH:
+        takes.add("hidden_size")
+    return takes
 
 
 def _with_video(suite: str, sweeps: tuple[Sweep, ...], video: str) -> tuple[Sweep, ...]:

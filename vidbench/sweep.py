@@ -14,7 +14,7 @@ Value = int | float | str | bool | tuple[int, ...]
 Kind = Literal["op", "model", "stage", "task"]
 """op: a kernel; model: a network; stage: a step of the video pipeline; task: a training that yields an accuracy."""
 
-MODES = ("forward", "train", "stream", "evaluate")
+TIMED_MODES = ("forward", "train", "stream")
 REGIMES = ("hot", "cold", "graph")
 DTYPES = ("fp64", "fp32", "tf32", "fp16", "bf16")
 DEVICES = ("cpu", "cuda")
@@ -38,8 +38,8 @@ class Axis:
     """One thing that a sweep can vary: its name, what its values are, and what it means."""
 
     name: str
-    values: Literal["integer", "count", "number", "sizes", "flag", "word"]
-    """integer: ≥ 1; count: ≥ 0; number: > 0; sizes: n or AxBxC, each ≥ 1 (padding: ≥ 0); word: one of `words`."""
+    values: Literal["integer", "count", "number", "fraction", "sizes", "flag", "word"]
+    """integer: ≥ 1; count: ≥ 0; number: > 0; fraction: 0 to 1; sizes: n or AxBxC, each ≥ 1 (padding: ≥ 0)."""
     meaning: str
     words: tuple[str, ...] = ()
 
@@ -53,6 +53,7 @@ class Axis:
             "integer": "a positive integer",
             "count": "an integer of at least 0",
             "number": "a positive number",
+            "fraction": "a number from 0 to 1",
             "sizes": "positive integers as 3 or 3x3x3",
             "flag": "true or false",
             "word": f"one of {', '.join(self.words)}" if self.words else "a word",
@@ -64,9 +65,10 @@ class Axis:
                 if number < (self.values == "integer"):
                     raise error
                 return number
-            if self.values == "number":
+            if self.values in ("number", "fraction"):
                 amount = float(text)
-                if not 0 < amount < float("inf"):
+                fits = 0 < amount < float("inf") if self.values == "number" else 0 <= amount <= 1
+                if not fits:
                     raise error
                 return amount
             if self.values == "sizes":
@@ -91,6 +93,7 @@ AXES: dict[str, Axis] = {
         Axis("height", "integer", "rows of a frame or feature map, pixels"),
         Axis("width", "integer", "columns of a frame or feature map, pixels"),
         Axis("input_size", "integer", "height and width at once, pixels"),
+        Axis("channels", "integer", "in_channels and out_channels at once"),
         Axis("in_channels", "integer", "channels in"),
         Axis("out_channels", "integer", "channels out"),
         Axis("mid_channels", "integer", "channels between the two convolutions of a (2+1)D pair"),
@@ -100,20 +103,23 @@ AXES: dict[str, Axis] = {
         Axis("dilation", "sizes", "distance between taps, as d or TxHxW"),
         Axis("input_features", "integer", "features per frame, of a sequence"),
         Axis("hidden_size", "integer", "width of a recurrent state or of a TCN"),
-        Axis("dropout_p", "number", "probability that a feature is dropped in training"),
+        Axis("dropout_p", "fraction", "probability that a feature is dropped in training"),
         Axis("bias", "flag", "whether a bias is added"),
         Axis("return_sequence", "flag", "many-to-many (every frame's output) or many-to-one (the last one's)"),
         Axis("width_multiplier", "number", "factor on the channel counts of a model"),
         Axis("num_classes", "integer", "classes told apart"),
         Axis("seed", "count", "seed of weights and data"),
         Axis("implementation", "word", "which implementation runs"),
-        Axis("mode", "word", "what is timed", MODES),
+        Axis("mode", "word", "what is timed", TIMED_MODES),
         Axis("regime", "word", "state of the caches", REGIMES),
         Axis("device", "word", "kind of device", DEVICES),
         Axis("dtype", "word", "arithmetic", DTYPES),
         Axis("memory_format", "word", "layout of activations", MEMORY_FORMATS),
     )
 }
+
+TOGETHER = {"input_size": ("height", "width"), "channels": ("in_channels", "out_channels")}
+"""Axes that stand for two keys of a case. A key that is given by itself wins."""
 
 POINT_AXES = ("implementation", "mode", "regime", "device", "dtype", "memory_format")
 """The axes that are fields of a Point; every other axis is a key of its case."""
@@ -125,7 +131,10 @@ def text_of(value: Value) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "x".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +187,15 @@ class Sweep:
             if any(all(chosen.get(k) == v for k, v in gone.items()) for gone in self.skip):
                 continue
             fields = {name: str(chosen.pop(name)) for name in POINT_AXES if name in chosen}
-            if (size := chosen.pop("input_size", None)) is not None:
-                chosen.setdefault("height", size)
-                chosen.setdefault("width", size)
+            for both, pair in TOGETHER.items():
+                if (size := chosen.pop(both, None)) is not None:
+                    for name in pair:
+                        chosen.setdefault(name, size)
             yield Point(self.workload, self.kind, case=chosen, **fields)
 
     def override(self, axes: Mapping[str, tuple[Value, ...]]) -> Sweep:
         """This sweep with other values on the given axes, whether they varied or were fixed here before."""
-        gone = set(axes)
-        if "input_size" in axes:
-            gone |= {"height", "width"}
+        gone = {*axes, *(name for both, pair in TOGETHER.items() if both in axes for name in pair)}
         kept = {name: values for name, values in self.axes.items() if name not in gone}
         fixed = {name: value for name, value in self.fixed.items() if name not in gone}
         return replace(self, axes={**kept, **axes}, fixed=fixed)

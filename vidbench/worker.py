@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from vidbench.records import Environment, Measurement
+from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
 
 LENGTH_BYTES = 4
@@ -111,6 +111,9 @@ def end_with_parent() -> None:
 def serve(control: socket.socket) -> None:
     """The server's loop: `["fork"]` with two descriptors → pid; `["wait", pid]` → its exit status."""
     end_with_parent()
+    sys.path.append(os.getcwd())  # where a user's own models lie; the last place, lest a file there hides a library
+    # Compilation in one process: a pool of compilers would disturb what is timed. Inductor reads this when imported.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     _import_ahead()
     gc.collect()
     gc.freeze()  # what is imported stays; collections in the workers then pass over it
@@ -161,8 +164,7 @@ def _become_worker(connection_fd: int, log_fd: int) -> None:
     for fd in (1, 2):
         os.dup2(log_fd, fd)
     faulthandler.enable(all_threads=False)
-    # Compilation in this process: a pool of compilers would outlive the point and disturb the next one's time.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.setpgid(0, 0)  # so that a compiler it has started ends with it
     # Where memory runs out, the kernel should take this process rather than the engine.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("900")
@@ -180,9 +182,6 @@ def _become_worker(connection_fd: int, log_fd: int) -> None:
 
 
 def _work(connection: socket.socket) -> None:
-    import torch
-
-    torch.backends.cudnn.benchmark = True  # a baseline is the best that a user could pick
     environment: Environment | None = None
     costs: dict[str, Any] = {}
     while (request := receive(connection, Describe | Adopt | Task)) is not None:
@@ -208,7 +207,8 @@ def _describe(request: Describe) -> Description:
 
 def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Measurement:
     """The measurement of one point, whatever its workload raises."""
-    from vidbench.measure import Budget, measure
+    from vidbench.measure import measure
+    from vidbench.timing import Budget
 
     point, started = task.point, time.perf_counter()
     try:
@@ -229,7 +229,19 @@ def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Meas
     except (Exception, SystemExit) as error:  # noqa: BLE001  a user's model may raise anything; its row says what
         reason = str(error).strip().splitlines()
         text = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
-        return Measurement(point, task.round, "failed", text, wall_s=time.perf_counter() - started)
+        status: Status = "crashed" if point.device == "cuda" and _context_is_broken() else "failed"
+        return Measurement(point, task.round, status, text, wall_s=time.perf_counter() - started)
+
+
+def _context_is_broken() -> bool:
+    """Whether a CUDA error sticks: every later call of this process would fail as well."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

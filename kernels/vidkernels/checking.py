@@ -20,6 +20,8 @@ class Results:
     outputs: tuple[Tensor, ...]
     gradients: tuple[Tensor | None, ...] = ()
     """In the order of `Inputs.tensors()`: the activation first, then the weights; None where none flows."""
+    inputs_changed: bool = False
+    """The call wrote to the activation or to a weight; running statistics may be updated."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,20 @@ def run(
     if not gradients:
         with torch.no_grad():
             copies = inputs.map(_copy)
-            return Results(tensors_of(fn(*copies.args, **copies.kwargs)))
+            return Results(tensors_of(fn(*copies.args, **copies.kwargs)), inputs_changed=_differ(inputs, copies))
     leaves = inputs.map(lambda tensor: _copy(tensor).requires_grad_(tensor.is_floating_point()))
     outputs = tensors_of(fn(*leaves.args, **leaves.kwargs))
     generator = torch.Generator().manual_seed(1)
     noise = [torch.randn(out.shape, generator=generator).to(noise_dtype or out.dtype).to(out) for out in outputs]
     wanted = [tensor for tensor in leaves.tensors() if tensor.requires_grad]
     grads = torch.autograd.grad(outputs, wanted, noise, allow_unused=True)
-    return Results(tuple(output.detach() for output in outputs), tuple(grads))
+    return Results(tuple(output.detach() for output in outputs), tuple(grads), _differ(inputs, leaves))
+
+
+def _differ(before: Inputs, after: Inputs) -> bool:
+    """Whether a tensor that is an argument of its own, not part of a batch norm, has other values."""
+    pairs = zip(before.args, after.args, strict=True)
+    return any(isinstance(was, Tensor) and not torch.equal(was, now) for was, now in pairs)
 
 
 def _copy(tensor: Tensor) -> Tensor:

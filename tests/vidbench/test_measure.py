@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from vidbench import measure as module
+from vidbench import timing
 from vidbench.environment import ceilings, describe, precision
-from vidbench.measure import Budget, Samples, Timer, measure, median_interval, sample, warm_up
+from vidbench.measure import measure
 from vidbench.records import Environment, Measurement
 from vidbench.sweep import Point
+from vidbench.timing import Budget, Samples, Timer, median_interval, sample, warm_up
 from vidkernels import OPS
 
 CONV = {"in_channels": 4, "out_channels": 6, "clip_length": 4, "batch_size": 2, "height": 9, "width": 8}
@@ -43,6 +45,8 @@ class FakeTimer:
     """Plays back durations."""
 
     cuda = False
+    cold = False
+    hidden = 0
 
     def __init__(self, durations: Iterator[float]) -> None:
         self.durations = durations
@@ -92,6 +96,16 @@ def test_streaming_frames_equal_the_whole_clip(environment: Environment) -> None
     one_frame = OPS["lstm"].macs(OPS["lstm"].case({**case, "clip_length": 1}))
     assert row.counts is not None
     assert row.counts.macs == one_frame
+
+
+def test_a_streams_memory_does_not_grow_with_the_clip(environment: Environment) -> None:
+    def live(clip_length: int) -> int:
+        case = {"clip_length": clip_length, "batch_size": 1, "input_features": 64, "hidden_size": 8}
+        row = measure(Point("rnn", "op", "library", mode="stream", case=case), environment, budget=QUICK)
+        assert row.memory is not None
+        return row.memory.live_before_bytes
+
+    assert live(8) == live(256)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +166,19 @@ def test_an_op_that_is_wrong_on_the_border_alone_fails(
     assert row.reason.startswith("border error")
 
 
+def test_an_op_that_writes_to_its_input_fails(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    conv3d = OPS["conv3d"]
+
+    def spoil(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y: torch.Tensor = conv3d["library"].fn(x, *args, **kwargs)
+        x.zero_()
+        return y
+
+    monkeypatch.setitem(conv3d.implementations, "spoil", replace(conv3d["library"], name="spoil", fn=spoil))
+    row = measure(op(implementation="spoil"), environment, budget=QUICK)
+    assert (row.status, row.reason) == ("failed", "the inputs were changed")
+
+
 def test_a_time_above_the_ceiling_is_a_fault(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "raise_ceilings", lambda *_: None)
 
@@ -180,12 +207,12 @@ def test_counts_are_shared_between_implementations(environment: Environment) -> 
 def test_sampling_stops_when_the_median_is_known() -> None:
     timer = FakeTimer(iter([1e-3] * 1000))
     samples = sample(lambda: None, timer, Budget(seconds=60))  # type: ignore[arg-type]
-    assert (samples.stop, len(samples.device_s)) == ("converged", 5)
+    assert (samples.stop, len(samples.device_s)) == ("converged", 6)
 
 
 def test_sampling_stops_when_the_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(module.time, "perf_counter", lambda: next(now) * 0.1)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) * 0.1)
     noisy = iter([1e-3 * (1 + index % 7) for index in range(1000)])
     samples = sample(lambda: None, FakeTimer(noisy), Budget(seconds=1.0))  # type: ignore[arg-type]
     assert samples.stop == "budget"

@@ -74,7 +74,7 @@ def test_under_xdist_it_refuses_instead_of_measuring_nothing(folder: Path) -> No
     [
         ("--vidbench-suite=quik", "did you mean 'quick'"),
         ("--vidbench-axis=clip_lenth=2", "did you mean 'clip_length'"),
-        ("--vidbench-axis=implementation=libary", "no point has the implementation"),
+        ("--vidbench-axis=implementation=libary", "unknown implementation 'libary': did you mean 'library'"),
     ],
 )
 def test_a_bad_option_is_a_usage_error(folder: Path, option: str, said: str) -> None:

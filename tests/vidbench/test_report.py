@@ -335,6 +335,14 @@ def test_drawing_leaves_nothing_behind(frame: pd.DataFrame) -> None:
     assert pyplot.get_fignums() == []
 
 
+@pytest.mark.parametrize("factor", [1.0, 5.0, 100.0])
+def test_the_speed_up_map_is_drawn_whatever_its_reach(frame: pd.DataFrame, factor: float) -> None:
+    slower = frame.assign(latency_s=frame["latency_s"].where(frame["implementation"] != "compiled", factor))
+    figure = speed_up_map(slower)
+    assert figure is not None
+    assert style.svg(figure).startswith("<svg")
+
+
 def test_an_implementation_keeps_its_colour() -> None:
     few, many = style.palette(["compiled", "cuda_x"]), style.palette(["compiled", "cuda_x", "library", "triton_a"])
     assert few["compiled"] == many["compiled"]

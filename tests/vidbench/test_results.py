@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from vidbench.records import Accuracy, Ceilings, Counts, Environment, Error, Measurement, Memory
 from vidbench.results import HEADER, LINES, RunError, RunWriter, load
 from vidbench.run_format import LineReader, encode_line
-from vidbench.sweep import DEVICES, DTYPES, MEMORY_FORMATS, MODES, REGIMES, Point, Sweep
+from vidbench.sweep import DEVICES, DTYPES, MEMORY_FORMATS, REGIMES, TIMED_MODES, Point, Sweep
 
 SWEEPS = (
     Sweep(
@@ -117,7 +117,7 @@ measurements = st.builds(
         workload=word,
         kind=st.sampled_from(["op", "model", "stage", "task"]),
         implementation=word,
-        mode=st.sampled_from(MODES),
+        mode=st.sampled_from((*TIMED_MODES, "evaluate")),
         regime=st.sampled_from(REGIMES),
         device=st.sampled_from(DEVICES),
         dtype=st.sampled_from(DTYPES),

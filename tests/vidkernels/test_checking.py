@@ -66,11 +66,39 @@ def test_a_missing_gradient_fails() -> None:
     assert compare(CONV, Results(want.outputs), want).output == math.inf
 
 
-def test_twice_the_gradient_errors_of_the_library_pass() -> None:
-    errors = Errors(1e-7, input_gradient=1e-4, weight_gradient=1e-4)
-    assert len(errors.failures(CONV, CASE)) == 2
-    assert errors.failures(CONV, CASE, Errors(1.0, input_gradient=6e-5, weight_gradient=6e-5)) == []
+def test_twice_the_weight_gradient_error_of_the_library_passes() -> None:
+    errors = Errors(1e-7, weight_gradient=1e-4)
+    assert len(errors.failures(CONV, CASE)) == 1
+    assert errors.failures(CONV, CASE, Errors(1.0, weight_gradient=6e-5)) == []
     assert Errors(1e-4).failures(CONV, CASE, Errors(1.0)) == ["output error 1.00e-04 exceeds 2.0e-06"]
+
+
+def test_twice_the_input_gradient_error_of_the_library_passes_in_16_bits_alone() -> None:
+    library = Errors(1.0, input_gradient=1.0, weight_gradient=1.0)
+    errors = Errors(1e-7, input_gradient=1.5, weight_gradient=1e-7)
+    assert errors.failures(CONV, CASE, library) == ["input gradient error 1.50e+00 exceeds 2.0e-06"]
+    narrow = CONV.case(TYPICAL["conv3d"], training=True, dtype="bf16")
+    assert errors.failures(CONV, narrow, library) == []
+
+
+def test_slack_widens_every_gate() -> None:
+    assert Errors(3e-6, input_gradient=3e-6).failures(CONV, CASE, slack=2.0) == []
+    assert len(Errors(5e-6, input_gradient=5e-6).failures(CONV, CASE, slack=2.0)) == 2
+
+
+def test_a_call_that_writes_to_its_input_is_told() -> None:
+    inputs = CONV.inputs(CASE)
+    library = CONV["library"].fn
+
+    def spoil(x: Tensor, *args: Tensor, **kwargs: object) -> Tensor:
+        y: Tensor = library(x, *args, **kwargs)
+        with torch.no_grad():
+            x.mul_(2.0)
+        return y
+
+    assert run(spoil, inputs).inputs_changed
+    assert not run(library, inputs).inputs_changed
+    assert not run(library, inputs, gradients=True).inputs_changed
 
 
 def test_run_keeps_strides_and_inputs() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from vidbench import results
 from vidbench.engine.local import LocalEngine
 from vidbench.records import Measurement
-from vidbench.suites import Axes, Suite, plan
+from vidbench.suites import Axes, plan
 from vidbench.sweep import Point, RequestError, Sweep, unknown
 
 
@@ -64,18 +65,21 @@ def run(
     axes = dict(axes or {})
     wanted = (*implementations, *map(str, axes.pop("implementation", ())))
     planned = plan(suite, axes=axes, model_names=models, video=video.name if video else None)
+    source = None
     if video is not None:
         from vidbench.data.video import probe
 
         probe(video)
+        with video.open("rb") as file:
+            source = f"{video.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
     rounds = rounds or planned.rounds
     seconds = seconds or planned.seconds
-    folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{suite}"
+    folder = out or new_folder(suite)
     with LocalEngine(timeout_s=timeout_s) as engine:
-        device, dtypes = _devices(planned)
+        device, dtypes = devices(planned.sweeps)
         workloads = {sweep.workload: sweep.kind for sweep in planned.sweeps}
         environment, known = engine.describe(device, dtypes, workloads)
-        sweeps = _choose(planned.sweeps, wanted, known)
+        sweeps = choose(planned.sweeps, wanted, known)
         points = list({point.key: point for sweep in sweeps for point in sweep.points()}.values())
         opened = results.RunWriter.resume if resume else results.RunWriter.create
         with opened(
@@ -83,8 +87,8 @@ def run(
             suite=suite,
             sweeps=sweeps,
             environment=environment,
-            command=command or shlex.join(["vidbench", *sys.argv[1:]]),
-            input=video.name if video else None,
+            command=command or shlex.join(sys.orig_argv),
+            input=source,
         ) as writer:
             todo = [
                 (point, number)
@@ -108,18 +112,25 @@ def run(
     return results.load(folder)
 
 
-def _devices(planned: Suite) -> tuple[str, tuple[str, ...]]:
-    """The device of a plan, and the dtypes whose ceilings it needs."""
-    points = [point for sweep in planned.sweeps for point in sweep.points()]
+def new_folder(suite: str) -> Path:
+    """Where a run goes that was given no folder."""
+    return Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{suite}"
+
+
+def devices(sweeps: Iterable[Sweep]) -> tuple[str, tuple[str, ...]]:
+    """The device of sweeps, and the dtypes whose ceilings they need.
+
+    Raises:
+        RequestError: More than one device.
+    """
+    points = [point for sweep in sweeps for point in sweep.points()]
     devices = sorted({point.device for point in points if point.kind in ("op", "model")} or {"cpu"})
     if len(devices) > 1:
         raise RequestError(f"one run measures one device, not {' and '.join(devices)}: make a run for each")
     return devices[0], tuple(sorted({point.dtype for point in points}))
 
 
-def _choose(
-    sweeps: tuple[Sweep, ...], wanted: Sequence[str], known: Mapping[str, tuple[str, ...]]
-) -> tuple[Sweep, ...]:
+def choose(sweeps: tuple[Sweep, ...], wanted: Sequence[str], known: Mapping[str, tuple[str, ...]]) -> tuple[Sweep, ...]:
     """The sweeps with the implementations asked for, where their workload has them.
 
     Raises:

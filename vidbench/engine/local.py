@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ GRACE_S = 10.0
 """For a worker that hung up to end by itself."""
 
 REASON_CHARACTERS = 300
+LOG_BYTES = 2**16
 
 
 @dataclass
@@ -62,11 +62,13 @@ class LocalEngine:
             RequestError: A model cannot be found, or the machine cannot be described.
         """
         worker = self._ready()
-        protocol.send(worker.connection, protocol.Describe(device, dtypes, dict(workloads)))
         try:
+            protocol.send(worker.connection, protocol.Describe(device, dtypes, dict(workloads)))
             answer = self._answer(worker, protocol.Description, START_TIMEOUT_S)
         except TimeoutError:
             raise RequestError(f"this machine could not be described within {START_TIMEOUT_S:g} s") from None
+        except OSError:
+            answer = None
         if answer is None:
             raise RequestError(f"this machine could not be described: {self._bury()[1]}")
         if answer.environment is None:
@@ -84,21 +86,23 @@ class LocalEngine:
             if worker.adopted is not environment:
                 protocol.send(worker.connection, protocol.Adopt(environment))
                 worker.adopted = environment
+            worker.log.seek(0)
+            worker.log.truncate()  # its last words are to be about this point
             protocol.send(worker.connection, protocol.Task(point, round, seconds, video))
             answer: Measurement | None = self._answer(worker, Measurement, self.timeout_s)
         except TimeoutError:
             self._kill(worker)
             reason = f"no result within {self.timeout_s:g} s"
             return Measurement(point, round, "timeout", reason, wall_s=time.perf_counter() - started)
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError:  # it hung up
             answer = None
         except msgspec.MsgspecError as error:
             self._kill(worker)
             reason = f"the worker's answer is unreadable: {error}"
             return Measurement(point, round, "crashed", reason, wall_s=time.perf_counter() - started)
         if answer is not None:
-            if point.implementation == "compiled":
-                self.retire()  # compiled code and its caches belong to one point
+            if point.implementation == "compiled" or answer.status not in ("ok", "skipped"):
+                self.retire()  # compiled code belongs to one point, and what went wrong may have left something behind
             return _with_transport(answer, time.perf_counter() - started)
         status, reason = self._bury(oom_kills)
         return Measurement(point, round, status, reason, wall_s=time.perf_counter() - started)
@@ -113,6 +117,9 @@ class LocalEngine:
         """Ends the worker and the server."""
         if self._worker is not None:
             self._kill(self._worker)
+        self._stop_server()
+
+    def _stop_server(self) -> None:
         if self._server is not None:
             self._control.close()
             self._server.kill()
@@ -126,8 +133,11 @@ class LocalEngine:
         if self._worker is None:
             ours, theirs = socket.socketpair()
             log = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
-            protocol.send(self._control, ["fork"], fds=(theirs.fileno(), log.fileno()))
-            pid = protocol.receive(self._control, int)
+            try:
+                protocol.send(self._control, ["fork"], fds=(theirs.fileno(), log.fileno()))
+                pid = protocol.receive(self._control, int)
+            except OSError:
+                pid = None
             theirs.close()
             if pid is None:
                 raise RequestError("the server of the workers ended; its last words are above")
@@ -138,14 +148,18 @@ class LocalEngine:
         self._control, theirs = socket.socketpair()
         # A session of its own: Ctrl-C in the terminal reaches the engine alone, which ends in order.
         self._server = subprocess.Popen(
-            [sys.executable, "-m", "vidbench.worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "vidbench.worker", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
         theirs.close()
         self._control.settimeout(START_TIMEOUT_S)
-        if protocol.receive(self._control, str) != "ready":
+        try:
+            ready = protocol.receive(self._control, str)
+        except OSError:
+            ready = None
+        if ready != "ready":
             raise RequestError("the server of the workers did not start; its last words are above")
 
     def _answer(self, worker: _Worker, kind: Any, timeout_s: float) -> Any:
@@ -154,17 +168,14 @@ class LocalEngine:
         Raises:
             TimeoutError: The time is over.
         """
-        readable, _, _ = select.select([worker.connection], [], [], timeout_s)
-        if not readable:
-            raise TimeoutError
+        worker.connection.settimeout(timeout_s)
         try:
             return protocol.receive(worker.connection, kind)
         except ConnectionResetError:
             return None
 
     def _kill(self, worker: _Worker) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGKILL)
+        _kill_group(worker.pid)
         self._reap(worker)
 
     def _bury(self, oom_kills: int | None = None) -> tuple[Status, str]:
@@ -172,7 +183,7 @@ class LocalEngine:
         worker = self._worker
         assert worker is not None  # only called with one at work
         worker.log.seek(0)
-        words = _last_words(worker.log.read()[-4000:].decode(errors="replace"))
+        words = _last_words(worker.log.read()[-LOG_BYTES:].decode(errors="replace"))
         status = self._reap(worker)
         if not os.WIFSIGNALED(status):
             return "crashed", f"the worker ended with exit code {os.WEXITSTATUS(status)}{words}"
@@ -190,12 +201,25 @@ class LocalEngine:
         deadline = time.monotonic() + GRACE_S
         while not _ended(worker.pid):
             if time.monotonic() > deadline:
-                os.kill(worker.pid, signal.SIGKILL)
                 break
             time.sleep(0.001)
-        protocol.send(self._control, ["wait", worker.pid])
-        status: int | None = protocol.receive(self._control, int)
-        return 0 if status is None else status
+        _kill_group(worker.pid)  # itself if it did not end, and what it has started
+        try:
+            protocol.send(self._control, ["wait", worker.pid])
+            status: int | None = protocol.receive(self._control, int)
+        except OSError:  # gone, or stuck behind a worker that not even SIGKILL ends
+            status = None
+        if status is None:
+            self._stop_server()
+            return signal.SIGKILL
+        return status
+
+
+def _kill_group(pid: int) -> None:
+    """Ends a worker and what it has started."""
+    for kill in (os.killpg, os.kill):  # the group is made by the worker itself, a moment after it starts
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
 
 
 def _ended(pid: int) -> bool:

@@ -267,7 +267,7 @@ def speed_up_map(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
         marks = [m for m in (-3, -2, -1, -0.5, 0, 0.5, 1, 2, 3) if abs(m) <= reach and (reach <= 1 or m == int(m))]
         bar = figure.colorbar(axes[0].collections[0], cax=place, ticks=marks)
         bar.set_label("speed-up")
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2**value:.3g}×"))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{2.0**value:.3g}×"))
         bar.outline.set_visible(False)
         style.note(
             figure,

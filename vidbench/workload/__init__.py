@@ -46,6 +46,8 @@ def workload(point: Point, video: str | None = None) -> Workload:
         raise Unfit("no CUDA device is visible to torch")
     if point.regime == "graph" and point.device != "cuda":
         raise Unfit("graph replay needs a CUDA device")
+    if point.regime == "graph" and point.mode == "stream":
+        raise Unfit("graph replay of a stream would repeat one frame")
     if point.dtype == "tf32" and point.device != "cuda":
         raise Unfit("tf32 needs a CUDA device")
     if point.kind == "op":

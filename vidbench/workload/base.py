@@ -59,16 +59,22 @@ class Workload(ABC):
         """Allocates the timed inputs and state, and returns the call."""
 
 
+STREAMED_FRAMES = 4
+"""Frames that a stream goes round with, so that its memory is that of a camera and not of a stored clip."""
+
+
 def streamer(frames: list[Tensor], step: Callable[[Tensor, Any], tuple[Tensor, Any]]) -> Callable[[], Tensor]:
-    """A call that takes the next frame and carries the state; after the last frame a new clip begins."""
+    """A call that takes the next frame and carries the state; after as many frames as given a new clip begins."""
+    clip_length = len(frames)
+    frames = [frame.clone() for frame in frames[:STREAMED_FRAMES]]  # copies: a view would keep the clip alive
     position, state = 0, None
 
     def call() -> Tensor:
         nonlocal position, state
-        if position == len(frames):
+        if position == clip_length:
             position, state = 0, None
         with torch.inference_mode():
-            y, state = step(frames[position], state)
+            y, state = step(frames[position % len(frames)], state)
         position += 1
         return y
 

@@ -23,6 +23,8 @@ MODEL_GATES = {"fp64": 1e-10, "fp32": 2e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 
 BATCH_STATISTICS_FACTOR = 10
 """In training, normalising by the statistics of a few values multiplies rounding errors."""
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 MODEL_CASE = ("clip_length", "batch_size", "height", "width", "width_multiplier", "num_classes", "input_features",
               "hidden_size", "video")  # fmt: skip
 MODEL_IMPLEMENTATIONS = ("eager", "compiled")
@@ -51,7 +53,9 @@ class ModelWorkload(Workload):
             raise Unfit(f"{point.workload} has no streaming step")
         self.model = model.to(self.device, self.dtype).train(point.mode == "train")
         if point.memory_format == "channels_last":
-            self.model = self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            for parameter in self.model.parameters():
+                if parameter.dim() in CHANNELS_LAST:
+                    parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
         self.eager = cast(Callable[..., Any], self.model.step if point.mode == "stream" else self.model)
         self.call = self.eager
         if point.implementation == "compiled":
@@ -82,13 +86,15 @@ class ModelWorkload(Workload):
                 made = [tensor.flip(-1) for tensor in made]
         placed = [tensor.to(self.device, self.dtype) for tensor in made]
         if self.point.memory_format == "channels_last":
-            return [t.contiguous(memory_format=torch.channels_last_3d) if t.dim() == 5 else t for t in placed]
+            return [
+                t.contiguous(memory_format=CHANNELS_LAST[t.dim()]) if t.dim() in CHANNELS_LAST else t for t in placed
+            ]
         return placed
 
     def _frames(self, inputs: list[Tensor]) -> list[Tensor]:
         """The clip's frames in turn: of features (N, T, F) and of clips (N, C, T, H, W)."""
         (clip,) = inputs
-        return [frame.contiguous() for frame in clip.unbind(1 if clip.dim() == 3 else 2)]
+        return list(clip.unbind(1 if clip.dim() == 3 else 2))
 
     def cost(self) -> Cost:
         params = sum(parameter.numel() for parameter in self.model.parameters())
