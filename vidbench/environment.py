@@ -114,24 +114,34 @@ def copy_ceiling(device: str, footprint: int, seconds: float = 0.1) -> float:
 
 def _best(call: Callable[[], object], device: str, seconds: float) -> float:
     """The shortest time of a call, in blocks of about a millisecond, within a budget."""
-
-    def timed(calls: int) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
-
-    timed(1)
-    calls = max(1, math.ceil(1e-3 / max(timed(1), 1e-7)))
+    timed = _device_seconds if device == "cuda" else _host_seconds
+    timed(call, 1)
+    calls = max(1, math.ceil(1e-3 / max(timed(call, 1), 1e-6)))
     end = time.perf_counter() + seconds
-    best = timed(calls)
+    best = timed(call, calls)
     while time.perf_counter() < end:
-        best = min(best, timed(calls))
+        best = min(best, timed(call, calls))
     return best
+
+
+def _host_seconds(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def _device_seconds(call: Callable[[], object], calls: int) -> float:
+    """Device time of calls that are enqueued while the stream is held back: launching is not part of a ceiling."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000 + 20_000 * calls)  # a millisecond, and ten microseconds a launch
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / calls
 
 
 class precision:
