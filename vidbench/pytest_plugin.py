@@ -125,6 +125,7 @@ def measure_point(
         return _pedantic(benchmark, call, timer, budget)
 
     def run(point: Point) -> Measurement:
+        benchmark.group = f"{point.workload} {point.mode}"
         measured = measure(point, _vidbench_environment, sampler=sampler, costs=_vidbench_costs)
         if _vidbench_writer is not None:
             _vidbench_writer.append(measured)
@@ -132,7 +133,6 @@ def measure_point(
             pytest.skip(measured.reason)
         if measured.status != "ok":
             pytest.fail(f"{measured.status}: {measured.reason}", pytrace=False)
-        benchmark.group = f"{point.workload} {point.mode}"
         benchmark.extra_info.update(_extra_info(measured))
         return measured
 

@@ -44,6 +44,7 @@ def test_every_point_is_a_benchmark_with_what_its_row_cannot_hold(folder: Path) 
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
         assert info["implementation"] == "library"
+        assert benchmark["group"] == "conv3d forward"
         assert (info["clip_length"], info["batch_size"]) == (2, 1)
         assert info["flops"] == 2 * info["macs"] == 2 * 4 * 4 * 27 * 2 * 8 * 8
         assert info["params"] == 4 * 4 * 27
