@@ -333,23 +333,35 @@ def accuracy_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | N
 
 
 def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
-    """The video pipeline stage by stage, beside the fastest models at the same clip length."""
+    """The video pipeline stage by stage, beside the fastest models that take what it makes.
+
+    A panel per size of the clips; stages that have no frame size, such as decoding, stand in each that they lead to.
+    """
+    import pandas as pd
+
     timed = usable(frame, "latency_s")
     stages = timed[(timed["kind"] == "stage") & (timed["mode"] == "forward")]
     if stages.empty:
         return None
     palette = style.colours_of(frame, colours)
-    sizes = ("run_id", "device", "dtype", *case_columns(frame))
-    parts, left_out = style.facets(stages, [n for n in sizes if stages[n].nunique(dropna=False) > 1] or ["kind"])
+    keys = ("run_id", "device", "dtype", *case_columns(frame))
+    sized = stages[stages["height"].notna()] if stages["height"].notna().any() else stages
+    before = stages.drop(sized.index)
+    parts, left_out = style.facets(sized, [n for n in keys if sized[n].nunique(dropna=False) > 1] or ["kind"])
     models = timed[(timed["kind"] == "model") & (timed["mode"] == "forward")].sort_values("latency_s")
     with style.styled():
         figure, axes = style.panels(len(parts), width=6.1, height=3.4, columns=2, left=1.9, right=0.3)
         for ax, (title, part) in zip(axes, parts, strict=True):
             first = part.iloc[0]
             alike = models[models["run_id"] == first["run_id"]]
-            for name in ("clip_length", "batch_size"):
-                if not style.missing(first[name]) and alike[name].notna().any():
+            leading = before[before["run_id"] == first["run_id"]]
+            for name in ("clip_length", "batch_size", "height", "width"):
+                if style.missing(first[name]):
+                    continue
+                if alike[name].notna().any():
                     alike = alike[alike[name] == first[name]]
+                leading = leading[leading[name].isna() | (leading[name] == first[name])]
+            part = pd.concat([leading, part])
             alike = alike.drop_duplicates("workload").head(4)
             rows = [*part.sort_values(["workload", "implementation"]).itertuples(), *alike.itertuples()]
             names = [f"{row.workload} · {row.implementation}" for row in rows]
@@ -368,18 +380,15 @@ def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
             ax.invert_yaxis()
             ax.grid(False, axis="y")
             for place, row in enumerate(rows):
+                milliseconds = float(row.latency_s) * 1e3
                 ax.annotate(
-                    f"{float(row.latency_s) * 1e3:.3g} ms", (values[place], place), xytext=(4, 0), va="center",
+                    f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms", (values[place], place), xytext=(4, 0), va="center",
                     textcoords="offset points", fontsize=8, color=style.MUTED,
                 )  # fmt: skip
             ax.set_xlim(0, max(values) * 1.16)
             ax.set_xlabel("time per call (ms)")
             ax.set_title(title or "all stages")
-        more = (
-            "Lines: 95 % intervals. Below the stages: the fastest models at the same clip length and batch size"
-            if len(models)
-            else ""
-        )
+        more = "Lines: 95 % intervals. Below the stages: the fastest models that take such clips" if len(models) else ""
         style.note(figure, more, dim_note(stages), left_out)
     return figure
 
