@@ -381,8 +381,9 @@ def pipeline(frame: pd.DataFrame, colours: Colours = None) -> Figure | None:
             ax.grid(False, axis="y")
             for place, row in enumerate(rows):
                 milliseconds = float(row.latency_s) * 1e3
+                told = f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
                 ax.annotate(
-                    f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms", (values[place], place), xytext=(4, 0), va="center",
+                    told, (values[place], place), xytext=(4, 0), va="center",
                     textcoords="offset points", fontsize=8, color=style.MUTED,
                 )  # fmt: skip
             ax.set_xlim(0, max(values) * 1.16)
