@@ -57,6 +57,8 @@ def conv3d(
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    residual: Tensor | None = None,
+    activation: str = "none",
     implementation: str = "library",
 ) -> Tensor:
     """Dense 3D convolution.
@@ -68,6 +70,8 @@ def conv3d(
         stride: Between outputs, for all of (T, H, W) or each.
         padding: Zeros at either end, likewise.
         dilation: Distance between taps, likewise.
+        residual: Added to the result before the activation, (N, C_out, T', H', W'), or None.
+        activation: Applied last: `none`, `relu` or `silu`.
         implementation: A name in `OPS["conv3d"].implementations`.
 
     Returns:
@@ -80,7 +84,15 @@ def conv3d(
     Source: Tran et al. (2015), arXiv:1412.0767, §3.1.
     """
     y: Tensor = _CONV3D(
-        x, weight, bias, stride=stride, padding=padding, dilation=dilation, implementation=implementation
+        x,
+        weight,
+        bias,
+        residual,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        implementation=implementation,
     )
     return y
 
@@ -93,6 +105,7 @@ def depthwise_conv3d(
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    activation: str = "none",
     implementation: str = "library",
 ) -> Tensor:
     """Depthwise 3D convolution: every channel has one filter of its own.
@@ -104,6 +117,7 @@ def depthwise_conv3d(
         stride: Between outputs, for all of (T, H, W) or each.
         padding: Zeros at either end, likewise.
         dilation: Distance between taps, likewise.
+        activation: Applied last: `none`, `relu` or `silu`.
         implementation: A name in `OPS["depthwise_conv3d"].implementations`.
 
     Returns:
@@ -116,7 +130,14 @@ def depthwise_conv3d(
     Source: Feichtenhofer (2020), arXiv:2004.04730, §3.1; Tran et al. (2019), arXiv:1904.02811, §3.
     """
     y: Tensor = _DEPTHWISE_CONV3D(
-        x, weight, bias, stride=stride, padding=padding, dilation=dilation, implementation=implementation
+        x,
+        weight,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        implementation=implementation,
     )
     return y
 

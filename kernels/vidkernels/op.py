@@ -162,6 +162,14 @@ def _needs_cuda_core(device: torch.device) -> str | None:
     return _needs_cuda(device)
 
 
+def _needs_sm_90(device: torch.device) -> str | None:
+    if why := _needs_cuda(device):
+        return why
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs compute capability 9.0 or later"
+    return None
+
+
 def _needs_compiler(device: torch.device) -> str | None:
     """torch.compile writes C++ for a CPU, Triton for a GPU."""
     if device.type == "cuda":
@@ -175,6 +183,7 @@ REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
     "cuda": _needs_cuda,
     "triton": _needs_triton,
     "cuda_core": _needs_cuda_core,
+    "sm_90": _needs_sm_90,
     "compiler": _needs_compiler,
 }
 
@@ -200,6 +209,8 @@ class Implementation:
         for need in self.requires:
             if why := REQUIREMENTS[need](device):
                 return why
+        if device.type != "cuda" and case.dtype == "bf16" and "triton" in self.requires:
+            return "Triton's interpreter multiplies bf16 matrices wrongly"
         return self.limits(case) if self.limits else None
 
 

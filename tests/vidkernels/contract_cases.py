@@ -50,9 +50,13 @@ _PAIR = {name: case for name, case in _CONV.items() if name not in ("dilated", "
 
 AWKWARD: dict[str, dict[str, dict[str, Any]]] = {
     "conv3d": {name: {**_CONV_SIZES, "out_channels": 7, **case} for name, case in _CONV.items()}
-    | {"bias": {**_CONV_SIZES, "out_channels": 7, "bias": True}},
+    | {
+        "bias": {**_CONV_SIZES, "out_channels": 7, "bias": True},
+        "relu": {**_CONV_SIZES, "out_channels": 7, "bias": True, "activation": "relu"},
+        "residual": {**_CONV_SIZES, "out_channels": 7, "residual": True, "activation": "silu"},
+    },
     "depthwise_conv3d": {name: {**_CONV_SIZES, **case} for name, case in _CONV.items()}
-    | {"bias": {**_CONV_SIZES, "bias": True}},
+    | {"bias": {**_CONV_SIZES, "bias": True}, "silu": {**_CONV_SIZES, "bias": True, "activation": "silu"}},
     "conv2plus1d": {name: {**_CONV_SIZES, "out_channels": 7, **case} for name, case in _PAIR.items()}
     | {"frozen statistics": {**_CONV_SIZES, "out_channels": 7, "batch_statistics": False}},
     "causal_conv1d": {name: {**_CAUSAL_SIZES, **case} for name, case in _CAUSAL.items()},

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidkernels.op import Case, Inputs, Op, check_tensor, dtype_name, memory_format_name, wants_gradients
 from vidkernels.shapes import Shape, Triple, conv_macs, conv_sizes, tensor_bytes, triple
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+"""What may follow a convolution, by name; silu is X3D's swish (Ramachandran et al. 2017, arXiv:1710.05941)."""
+
+
+def check_activation(name: str) -> None:
+    """That an activation exists.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation={name!r} is not one of {', '.join(ACTIVATIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +44,13 @@ class ConvolutionCase(Case):
     """None keeps T, H and W at stride 1, for odd kernels."""
     dilation: Triple = (1, 1, 1)
     bias: bool = False
+    activation: str = "none"
+    """Applied last: a name in `ACTIVATIONS`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_least(1, "in_channels", "clip_length", "height", "width")
+        check_activation(self.activation)
         for name in ("kernel_size", "stride", "dilation"):
             object.__setattr__(self, name, positive_triple(getattr(self, name), name))
         if self.padding is None:
@@ -84,6 +106,8 @@ class Conv3dCase(ConvolutionCase):
     """Sizes of one dense 3D convolution. An integer stands for three equal sizes (T, H, W)."""
 
     out_channels: int = 64
+    residual: bool = False
+    """A tensor of the output's shape is added before the activation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +117,11 @@ class Conv3dCase(ConvolutionCase):
     def weight_shape(self) -> Shape:
         """(C_out, C_in, kT, kH, kW)."""
         return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Compulsory bytes of the forward pass."""
+        return super().bytes_moved + (tensor_bytes(self.dtype, self.y_shape) if self.residual else 0)
 
 
 def positive_triple(value: int | Triple, name: str, least: int = 1) -> Triple:
@@ -113,17 +142,23 @@ def make_conv_inputs(case: ConvolutionCase, generator: torch.Generator) -> Input
     weight = torch.randn(case.weight_shape, generator=generator)
     weight /= weight[0].numel() ** 0.5
     bias = torch.randn(case.weight_shape[0], generator=generator) if case.bias else None
-    return Inputs((x, weight, bias), {"stride": case.stride, "padding": case.pad, "dilation": case.dilation})
+    residual = (torch.randn(case.y_shape, generator=generator),) if getattr(case, "residual", False) else ()
+    parameters: dict[str, Any] = {"stride": case.stride, "padding": case.pad, "dilation": case.dilation}
+    if case.activation != "none":
+        parameters["activation"] = case.activation
+    return Inputs((x, weight, bias, *residual), parameters)
 
 
 def case_of(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    activation: str = "none",
 ) -> Conv3dCase:
     """The case of a call.
 
@@ -137,11 +172,11 @@ def case_of(
     if bias is not None:
         check_tensor("bias", bias, (weight.shape[0],))
     n, c, t, h, w = x.shape
-    return Conv3dCase(
+    case = Conv3dCase(
         batch_size=n,
         dtype=dtype_name(x),
         memory_format=memory_format_name(x),
-        training=wants_gradients(x, weight, bias),
+        training=wants_gradients(x, weight, bias, residual),
         in_channels=c,
         out_channels=weight.shape[0],
         clip_length=t,
@@ -152,7 +187,12 @@ def case_of(
         padding=triple(padding, "padding"),
         dilation=triple(dilation, "dilation"),
         bias=bias is not None,
+        activation=activation,
+        residual=residual is not None,
     )
+    if residual is not None:
+        check_tensor("residual", residual, case.y_shape)
+    return case
 
 
 OP = Op(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidkernels.conv3d.case import OP
+from vidkernels.conv3d.case import ACTIVATIONS, OP
 from vidkernels.op import compiled
 from vidkernels.shapes import Triple
 
@@ -15,13 +15,16 @@ def conv3d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    activation: str = "none",
 ) -> Tensor:
-    """`torch.nn.functional.conv3d`."""
-    return F.conv3d(x, weight, bias, stride, padding, dilation)
+    """`torch.nn.functional.conv3d`, then the sum and the activation."""
+    y = F.conv3d(x, weight, bias, stride, padding, dilation)
+    return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 OP.implementation("compiled", requires=("compiler",))(compiled(conv3d))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidkernels.conv3d.case import OP
+from vidkernels.conv3d.case import ACTIVATIONS, OP
 from vidkernels.op import widened
 from vidkernels.shapes import Triple, conv_sizes, triple
 
@@ -41,15 +41,18 @@ def conv3d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    residual: Tensor | None = None,
     *,
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    activation: str = "none",
 ) -> Tensor:
-    """y = b + Σ over taps (i, j, k) of w[:, :, i, j, k] · (the input shifted by that tap)."""
+    """y = activation(residual + b + Σ over taps (i, j, k) of w[:, :, i, j, k] · (the input shifted by that tap))."""
     kernel = triple(weight.shape[2:], "kernel_size")
     stride, padding, dilation = triple(stride, "stride"), triple(padding, "padding"), triple(dilation, "dilation")
     y = x.new_zeros(())
     for (i, j, k), shifted in shifted_taps(x, kernel, stride, padding, dilation):
         y = y + torch.einsum("oc,ncthw->nothw", weight[:, :, i, j, k], shifted)
-    return y if bias is None else y + bias[:, None, None, None]
+    y = y if bias is None else y + bias[:, None, None, None]
+    return ACTIVATIONS[activation](y if residual is None else y + residual)

@@ -29,6 +29,7 @@ def case_of(
     stride: int | Triple = 1,
     padding: int | Triple = 0,
     dilation: int | Triple = 1,
+    activation: str = "none",
 ) -> DepthwiseConv3dCase:
     """The case of a call.
 
@@ -56,6 +57,7 @@ def case_of(
         padding=triple(padding, "padding"),
         dilation=triple(dilation, "dilation"),
         bias=bias is not None,
+        activation=activation,
     )
 
 
