@@ -1,19 +1,26 @@
 """vidkernels: kernels for video classification, each as a readable reference, the library's own, and custom ones.
 
 Every function here takes `implementation=`: `library` is torch's own, `reference` the definition, `compiled`
-torch.compile; `OPS[name].implementations` lists them all. One that cannot run a call raises `Unavailable`, with the
+torch.compile, `auto` the fastest known for the call on its device (`explain` tells which, and why);
+`OPS[name].implementations` lists them all. One that cannot run a call raises `Unavailable`, with the
 reason and those that can; nothing is put in its place.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from vidkernels import choosing
 from vidkernels.causal_conv1d import OP as _CAUSAL_CONV1D
+from vidkernels.choosing import Choice
 from vidkernels.conv2plus1d import OP as _CONV2PLUS1D
 from vidkernels.conv2plus1d import BatchNorm
 from vidkernels.conv3d import OP as _CONV3D
 from vidkernels.depthwise_conv3d import OP as _DEPTHWISE_CONV3D
+from vidkernels.launch import Gpu
 from vidkernels.op import Case, Implementation, Inputs, Op, Tolerance, Unavailable
 from vidkernels.recurrent import LSTM as _LSTM
 from vidkernels.recurrent import RNN as _RNN
@@ -30,6 +37,7 @@ __all__ = [
     "OPS",
     "BatchNorm",
     "Case",
+    "Choice",
     "Implementation",
     "Inputs",
     "Op",
@@ -40,6 +48,7 @@ __all__ = [
     "conv2plus1d",
     "conv3d",
     "depthwise_conv3d",
+    "explain",
     "lstm",
     "rnn",
     "tcn_block",
@@ -47,6 +56,33 @@ __all__ = [
 
 # The folders of the same names were imported above: from here on, `vidkernels.conv3d` is the function, while
 # `from vidkernels.conv3d.case import …` still finds the folder.
+
+
+def _call(op: Op, *args: Any, implementation: str, **kwargs: Any) -> Any:
+    if implementation == "auto":
+        return choosing.run(op, args, kwargs)
+    return op(*args, implementation=implementation, **kwargs)
+
+
+def explain(
+    op: str, *args: Any, device: torch.device | str | None = None, gpu: Gpu | None = None, **kwargs: Any
+) -> Choice:
+    """What `implementation="auto"` takes for a call, what it rests on, and what the others would take; print it.
+
+    Args:
+        op: Name of the op.
+        args: Arguments of the call; tensors of the meta device do, for none is read.
+        device: Where the call would run; None: where its tensors lie. `meta` stands for a GPU that is not there.
+        gpu: Which GPU that is: one of `vidkernels.launch.TARGETS`, or None for the device's own.
+        kwargs: Parameters of the call.
+
+    Raises:
+        ValueError: An unknown op, or shapes that do not fit together.
+    """
+    if op not in OPS:
+        raise ValueError(f"no op {op!r}: known: {', '.join(OPS)}")
+    case = OPS[op].case_of_call(args, kwargs)
+    return choosing.explain(OPS[op], case, args[0].device if device is None else device, gpu=gpu)
 
 
 def conv3d(
@@ -83,7 +119,8 @@ def conv3d(
 
     Source: Tran et al. (2015), arXiv:1412.0767, §3.1.
     """
-    y: Tensor = _CONV3D(
+    y: Tensor = _call(
+        _CONV3D,
         x,
         weight,
         bias,
@@ -129,7 +166,8 @@ def depthwise_conv3d(
 
     Source: Feichtenhofer (2020), arXiv:2004.04730, §3.1; Tran et al. (2019), arXiv:1904.02811, §3.
     """
-    y: Tensor = _DEPTHWISE_CONV3D(
+    y: Tensor = _call(
+        _DEPTHWISE_CONV3D,
         x,
         weight,
         bias,
@@ -175,7 +213,8 @@ def conv2plus1d(
 
     Source: Tran et al. (2018), arXiv:1711.11248, §3.5.
     """
-    y: Tensor = _CONV2PLUS1D(
+    y: Tensor = _call(
+        _CONV2PLUS1D,
         x,
         w_spatial,
         bn,
@@ -214,7 +253,7 @@ def causal_conv1d(
 
     Source: Bai, Kolter & Koltun (2018), arXiv:1803.01271, §3.2-3.3.
     """
-    y: Tensor = _CAUSAL_CONV1D(x, weight, bias, dilation=dilation, implementation=implementation)
+    y: Tensor = _call(_CAUSAL_CONV1D, x, weight, bias, dilation=dilation, implementation=implementation)
     return y
 
 
@@ -257,7 +296,8 @@ def tcn_block(
 
     Source: Bai, Kolter & Koltun (2018), arXiv:1803.01271, §3.4, figure 1(b).
     """
-    y: Tensor = _TCN_BLOCK(
+    y: Tensor = _call(
+        _TCN_BLOCK,
         x,
         w1,
         b1,
@@ -303,7 +343,7 @@ def rnn(
 
     Source: Elman (1990), Cognitive Science 14(2); Donahue et al. (2015), arXiv:1411.4389, §2.
     """
-    y, last = _RNN(x, w_ih, w_hh, bias, state, return_sequence=return_sequence, implementation=implementation)
+    y, last = _call(_RNN, x, w_ih, w_hh, bias, state, return_sequence=return_sequence, implementation=implementation)
     return y, last
 
 
@@ -338,5 +378,5 @@ def lstm(
     Source: Hochreiter & Schmidhuber (1997), Neural Computation 9(8), with the forget gate of Gers et al. (2000);
     Donahue et al. (2015), arXiv:1411.4389, §2.
     """
-    y, last = _LSTM(x, w_ih, w_hh, bias, state, return_sequence=return_sequence, implementation=implementation)
+    y, last = _call(_LSTM, x, w_ih, w_hh, bias, state, return_sequence=return_sequence, implementation=implementation)
     return y, last

@@ -170,6 +170,12 @@ def _needs_sm_90(device: torch.device) -> str | None:
     return None
 
 
+def _needs_onednn(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "needs a CPU: it is oneDNN's"
+    return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
+
+
 def _needs_compiler(device: torch.device) -> str | None:
     """torch.compile writes C++ for a CPU, Triton for a GPU."""
     if device.type == "cuda":
@@ -185,6 +191,7 @@ REQUIREMENTS: dict[str, Callable[[torch.device], str | None]] = {
     "cuda_core": _needs_cuda_core,
     "sm_90": _needs_sm_90,
     "compiler": _needs_compiler,
+    "onednn": _needs_onednn,
 }
 
 
@@ -311,14 +318,15 @@ class Op:
         if torch.compiler.is_compiling():
             # The graph has been checked by the eager call that it stands for, or will fail in the kernel itself.
             return chosen.fn(*args, **kwargs)
-        case = self._case_of_call(args, kwargs)
+        case = self.case_of_call(args, kwargs)
         device = args[0].device
         if why := chosen.why_not(case, device):
             usable = [i.name for i in self.implementations.values() if i.why_not(case, device) is None]
             raise Unavailable(f"{self.name}/{implementation}: {why}; available: {', '.join(usable) or 'none'}")
         return chosen.fn(*args, **kwargs)
 
-    def _case_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
+    def case_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Case:
+        """`case_of`, remembered by the signature of the arguments."""
         key = (_signature(args), _signature(tuple(kwargs.items())), torch.backends.cudnn.allow_tf32)
         if key not in self._cases:
             if len(self._cases) >= 4096:

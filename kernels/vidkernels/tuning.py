@@ -12,7 +12,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -65,6 +65,7 @@ class Chosen:
 class _State:
     forced: dict[tuple[str, str], Config] = field(default_factory=dict)
     watched: list[Chosen] | None = None
+    generation: int = 0
 
 
 _state = _State()
@@ -92,14 +93,10 @@ def explain(kernel: str, key: Key, candidates: Sequence[Config], gpu: Gpu) -> Ch
     options = tuple(candidates)
     if (forced := _state.forced.get((kernel, key.text))) is not None:
         return Chosen(kernel, key, forced, "forced", options)
-    table = launches(gpu.name).get(kernel, {})
-    if table:
-        if (config := table.get(key.text)) in options:
-            return Chosen(kernel, key, config, "exact", options)
-        near = sorted((distance, text) for text in table if (distance := _distance(key.text, text)) is not None)
-        for _, text in near:
-            if table[text] in options:
-                return Chosen(kernel, key, table[text], f"nearest: {text}", options)
+    known = table(gpu.name)["launches"].get(kernel, {})
+    for text, source in nearest(key, known):
+        if known[text] in options:
+            return Chosen(kernel, key, known[text], source, options)
     return Chosen(kernel, key, options[0], "analytic", options)
 
 
@@ -157,10 +154,18 @@ def table(gpu_name: str) -> dict[str, Any]:
     return merged
 
 
-def launches(gpu_name: str) -> dict[str, dict[str, Config]]:
-    """The tuned configurations of a GPU, by kernel and the text of a key."""
-    found: dict[str, dict[str, Config]] = table(gpu_name)["launches"]
-    return found
+def nearest(key: Key, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Entries of a table by how near they are to a key, each with `exact` or `nearest: …` to say so."""
+    if key.text in known:
+        yield key.text, "exact"
+    if known:
+        near = sorted((distance, text) for text in known if (distance := _distance(key.text, text)) is not None)
+        yield from ((text, f"nearest: {text}") for distance, text in near if distance)
+
+
+def generation() -> int:
+    """Grows whenever a table may have changed."""
+    return _state.generation
 
 
 def extend(path: Path, section: str, name: str, entries: Mapping[str, Any]) -> None:
@@ -172,6 +177,7 @@ def extend(path: Path, section: str, name: str, entries: Mapping[str, Any]) -> N
         json.dump(known, file, indent=1, sort_keys=True)
     os.replace(file.name, path)
     table.cache_clear()
+    _state.generation += 1
 
 
 def _distance(wanted: str, known: str) -> float | None:

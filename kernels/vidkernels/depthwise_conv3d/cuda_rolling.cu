@@ -1,0 +1,262 @@
+// Depthwise 3D convolution of channels-last tensors (N, T, H, W, C): README.md tells the design.
+//
+// A thread owns VECTOR neighbouring channels and STRIP results along W, and walks along T. Every source frame is
+// read once and added to all results that are still open, whose partial sums stay in registers.
+//
+// Macros: SCALAR (float, __half, __nv_bfloat16), VECTOR, STRIP, KT KH KW (taps), ST SH SW (strides), DT DH DW
+// (dilations), BLOCKS (of 256 threads that one processor shall hold), and of single kernels TRANSPOSED (0: results are
+// outputs; 1: results are the input's gradient), ACTIVATION (0 none, 1 relu, 2 silu), BIAS.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#ifndef TRANSPOSED
+#define TRANSPOSED 0
+#endif
+#ifndef ACTIVATION
+#define ACTIVATION 0
+#endif
+#ifndef BIAS
+#define BIAS 0
+#endif
+
+constexpr int THREADS = 256;
+constexpr int LANES = 32;  // channel groups of one block at most
+constexpr int TAPS = KT * KH * KW;
+
+// Along T, one step of the walk reads IN_STEP source frames and completes OUT_STEP results; OPEN results are under way.
+constexpr int SPAN = (KT - 1) * DT + 1;
+constexpr int IN_STEP = TRANSPOSED ? 1 : ST;
+constexpr int OUT_STEP = TRANSPOSED ? ST : 1;
+constexpr int OPEN = TRANSPOSED ? (SPAN > ST ? SPAN : ST) : (SPAN + ST - 1) / ST;
+
+// Along W, a strip reads COLUMNS neighbours. In the gradient a result w collects the sources (w + PW - kw·DW) / SW
+// that divide evenly: which do is known here, as strips begin at multiples of SW in w + PW.
+constexpr int LEFT = TRANSPOSED ? (KW - 1) * DW / SW : 0;
+constexpr int COLUMNS = TRANSPOSED ? (STRIP - 1) / SW + LEFT + 1 : (STRIP - 1) * SW + (KW - 1) * DW + 1;
+static_assert(!TRANSPOSED || STRIP % SW == 0, "strips begin at multiples of the stride");
+static_assert(COLUMNS <= 32, "columns are bits of a mask");
+
+// The tap along T by which frame `f` of a step enters the open result `q`; -1: none.
+__device__ constexpr int tap_of(int f, int q) {
+    const int offset = TRANSPOSED ? q : SPAN - ST + f - q * ST;
+    return offset >= 0 && offset < SPAN && offset % DT == 0 ? offset / DT : -1;
+}
+
+// The column that result `j` of a strip meets with tap `kw`; -1: none.
+__device__ constexpr int column_of(int j, int kw) {
+    if (!TRANSPOSED) return j * SW + kw * DW;
+    const int shifted = j - kw * DW + LEFT * SW;
+    return shifted % SW == 0 ? shifted / SW : -1;
+}
+
+__device__ constexpr bool column_used(int c) {
+    for (int j = 0; j < STRIP; ++j)
+        for (int kw = 0; kw < KW; ++kw)
+            if (column_of(j, kw) == c) return true;
+    return false;
+}
+
+__device__ constexpr bool frame_used(int f) {
+    for (int q = 0; q < OPEN; ++q)
+        if (tap_of(f, q) >= 0) return true;
+    return false;
+}
+
+// VECTOR scalars as one word of memory. Words, not scalars, are what predicated loads zero and registers hold.
+template <int bytes> struct Bits;
+template <> struct Bits<2> { using type = unsigned short; };
+template <> struct Bits<4> { using type = unsigned; };
+template <> struct Bits<8> { using type = uint2; };
+using Word = Bits<VECTOR * sizeof(SCALAR)>::type;
+
+__device__ inline float widened(float x) { return x; }
+__device__ inline float widened(__half x) { return __half2float(x); }
+__device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void round_to(float& y, float x) { y = x; }
+__device__ inline void round_to(__half& y, float x) { y = __float2half_rn(x); }
+__device__ inline void round_to(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
+
+__device__ inline void unpack(uint2 word, float (&x)[2]) {
+    x[0] = __uint_as_float(word.x);
+    x[1] = __uint_as_float(word.y);
+}
+__device__ inline void unpack(unsigned word, float (&x)[1]) { x[0] = __uint_as_float(word); }
+__device__ inline void unpack(unsigned short word, float (&x)[1]) {
+    SCALAR scalar;
+    memcpy(&scalar, &word, sizeof(word));
+    x[0] = widened(scalar);
+}
+__device__ inline void unpack(unsigned word, float (&x)[2]) {
+    SCALAR scalars[2];
+    memcpy(scalars, &word, sizeof(word));
+    x[0] = widened(scalars[0]);
+    x[1] = widened(scalars[1]);
+}
+
+__device__ inline Word load(const SCALAR* p, bool valid) {
+    Word word{};
+    if (valid) word = *reinterpret_cast<const Word*>(p);
+    return word;
+}
+
+__device__ inline void store(SCALAR* p, const float (&y)[VECTOR]) {
+    SCALAR scalars[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) round_to(scalars[v], y[v]);
+    Word word;
+    memcpy(&word, scalars, sizeof(word));
+    *reinterpret_cast<Word*>(p) = word;
+}
+
+__device__ inline float activated(float z) {
+    if (ACTIVATION == 1) return fmaxf(z, 0.0f) + (z != z ? z : 0.0f);  // fmaxf drops NaN
+    if (ACTIVATION == 2) return z / (1.0f + __expf(-z));
+    return z;
+}
+
+struct Sizes {
+    int source_t, source_h, source_w;  // of the tensor that is walked along
+    int result_t, result_h, result_w;  // of the tensor that strips lie in
+    int pad_t, pad_h, pad_w;           // of the convolution
+};
+
+// How a grid covers the results: blocks along x, the fastest first.
+struct Tiling {
+    int lanes, strips, rows, frames;  // channel groups, strips, rows and frames of one block
+    int lane_tiles, strip_tiles, row_tiles, frame_tiles;
+};
+
+__device__ inline int divided_down(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+// What one thread works on, and which columns exist in each source row that it reads.
+struct Place {
+    int channel;      // the first of its VECTOR
+    int column, row;  // its first result; less than 0 where a strip begins in the padding
+    int first, last;  // result frames
+    long long clip;
+    bool active;
+    int offset[KH];  // of the rows in a source frame
+    unsigned columns[KH];
+
+    __device__ inline Place(const Sizes& s, const Tiling& g, int lane_tile, long long tile) {
+        const int lane = threadIdx.x % g.lanes, group = threadIdx.x / g.lanes;
+        const int strip = int(tile % g.strip_tiles) * g.strips + group % g.strips;
+        tile /= g.strip_tiles;
+        row = int(tile % g.row_tiles) * g.rows + group / g.strips;
+        tile /= g.row_tiles;
+        first = int(tile % g.frame_tiles) * g.frames;
+        last = min(first + g.frames, s.result_t);
+        clip = tile / g.frame_tiles;
+        channel = (lane_tile * g.lanes + lane) * VECTOR;
+        column = strip * STRIP - (TRANSPOSED ? s.pad_w % STRIP : 0);
+        active = group < g.strips * g.rows && channel < CHANNELS && row < s.result_h;
+
+        const int left = TRANSPOSED ? (column + s.pad_w) / SW - LEFT : column * SW - s.pad_w;
+        unsigned inside = 0;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c) inside |= unsigned(left + c >= 0 && left + c < s.source_w) << c;
+#pragma unroll
+        for (int kh = 0; kh < KH; ++kh) {
+            const int shifted = TRANSPOSED ? row + s.pad_h - kh * DH : row * SH - s.pad_h + kh * DH;
+            const int source_row = TRANSPOSED ? shifted / SH : shifted;
+            const bool meets = shifted >= 0 && source_row < s.source_h && (!TRANSPOSED || shifted % SH == 0);
+            columns[kh] = active && meets ? inside : 0;
+            offset[kh] = columns[kh] ? (source_row * s.source_w + left) * CHANNELS : 0;
+        }
+    }
+
+    // A bit for every result of the strip that lies in the tensor.
+    __device__ inline unsigned results(const Sizes& s) const {
+        unsigned inside = 0;
+#pragma unroll
+        for (int j = 0; j < STRIP; ++j) inside |= unsigned(column + j >= 0 && column + j < s.result_w) << j;
+        return active ? inside : 0;
+    }
+
+    __device__ inline void read(const SCALAR* frame, int kh, float (&x)[COLUMNS][VECTOR]) const {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; ++c)
+            if (column_used(c)) unpack(load(frame + offset[kh] + c * CHANNELS, columns[kh] >> c & 1), x[c]);
+    }
+};
+
+// y = activation(bias + x ∗ weight), or with TRANSPOSED the gradient of x from that of y (then `source` is y's).
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) walk(
+    const SCALAR* __restrict__ source, const SCALAR* __restrict__ weight, const SCALAR* __restrict__ bias,
+    SCALAR* __restrict__ result, Sizes s, Tiling g) {
+    // Filters lie tap by tap, so that lanes read neighbouring words; the odd row length spreads the stores over banks.
+    __shared__ float taps[TAPS][LANES * VECTOR + VECTOR];
+    const int lane_tile = blockIdx.x % g.lane_tiles;
+    const int base = lane_tile * g.lanes * VECTOR;
+    const int held = min(g.lanes * VECTOR, CHANNELS - base);
+    for (int i = threadIdx.x; i < held * TAPS; i += blockDim.x) taps[i % TAPS][i / TAPS] = widened(weight[base * TAPS + i]);
+    __syncthreads();
+
+    const Place p(s, g, lane_tile, blockIdx.x / g.lane_tiles);
+    if (!p.active) return;
+    float w[KT][KH][KW][VECTOR];
+#pragma unroll
+    for (int tap = 0; tap < TAPS; ++tap)
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v)
+            w[tap / (KH * KW)][tap / KW % KH][tap % KW][v] = taps[tap][p.channel - base + v];
+    float start[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) start[v] = bias ? widened(bias[p.channel + v]) : 0.0f;
+    // A ring: open result q of a step lies in slot (q + step · OUT_STEP) % OPEN, and the loop is unrolled by OPEN.
+    float sum[OPEN][STRIP][VECTOR];
+#pragma unroll
+    for (int i = 0; i < OPEN * STRIP * VECTOR; ++i)
+        sum[i / (STRIP * VECTOR)][i / VECTOR % STRIP][i % VECTOR] = start[i % VECTOR];
+
+    const unsigned results = p.results(s);
+    const long long source_frame = (long long)s.source_h * s.source_w * CHANNELS;
+    const long long result_frame = (long long)s.result_h * s.result_w * CHANNELS;
+    // The first step is the first that adds to the first result; the last one completes the last.
+    int step = TRANSPOSED ? divided_down(p.first + s.pad_t - (SPAN - 1), ST) : p.first - (OPEN - 1);
+    const int end = TRANSPOSED ? (p.last - 1 + s.pad_t) / ST + 1 : p.last;
+    int t = TRANSPOSED ? step : step * ST + SPAN - ST - s.pad_t;
+    const SCALAR* frame = source + (p.clip * s.source_t + t) * source_frame + p.channel;
+    int u = TRANSPOSED ? step * ST - s.pad_t : step;
+    SCALAR* strip = result + (p.clip * s.result_t + u) * result_frame
+                    + (long long)(p.row * s.result_w + p.column) * CHANNELS + p.channel;
+    while (true) {
+#pragma unroll
+        for (int phase = 0; phase < OPEN; ++phase) {
+            if (step++ >= end) return;
+#pragma unroll
+            for (int f = 0; f < IN_STEP; ++f, ++t, frame += source_frame) {
+                if (!frame_used(f) || t < 0 || t >= s.source_t) continue;
+#pragma unroll
+                for (int kh = 0; kh < KH; ++kh) {
+                    float x[COLUMNS][VECTOR];
+                    p.read(frame, kh, x);
+#pragma unroll
+                    for (int q = 0; q < OPEN; ++q) {
+                        if (tap_of(f, q) < 0) continue;
+#pragma unroll
+                        for (int i = 0; i < KW * STRIP * VECTOR; ++i) {
+                            const int kw = i / (STRIP * VECTOR), j = i / VECTOR % STRIP, v = i % VECTOR;
+                            if (column_of(j, kw) >= 0)
+                                sum[(q + phase * OUT_STEP) % OPEN][j][v] +=
+                                    w[tap_of(f, q)][kh][kw][v] * x[column_of(j, kw)][v];
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < OUT_STEP; ++e, ++u, strip += result_frame) {
+                const int slot = (e + phase * OUT_STEP) % OPEN;
+#pragma unroll
+                for (int j = 0; j < STRIP; ++j) {
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v) sum[slot][j][v] = activated(sum[slot][j][v]);
+                    if (u >= p.first && u < p.last && results >> j & 1) store(strip + j * CHANNELS, sum[slot][j]);
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v) sum[slot][j][v] = start[v];
+                }
+            }
+        }
+    }
+}
