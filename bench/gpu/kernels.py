@@ -156,9 +156,7 @@ def _choose_regimes(way: Way, op: str, device: str, common: dict[str, Any], emit
 def _function(op: Op, way: Way) -> Callable[..., Any]:
     if way.implementation == "compiled" and op.name not in ("rnn", "lstm"):
         torch._dynamo.reset()
-        return torch.compile(
-            op["library"].fn, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs"
-        )
+        return torch.compile(op["library"].fn, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
     return op[way.implementation].fn
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.gpu.pool import Emit, Unit
 
-PACKAGES = ("torch", "triton", "numpy", "cuda-core", "cuda-bindings", "nvidia-ml-py", "pytest", "pytest-xdist", "fvcore")
+PACKAGES = ("torch", "triton", "numpy", "cuda-core", "cuda-bindings", "nvidia-ml-py", "pytest", "pytest-xdist")
 COMMANDS = (
     ("nvidia-smi",),
     ("nvidia-smi", "-q", "-d", "CLOCK,POWER,TEMPERATURE,PERFORMANCE"),

@@ -73,7 +73,7 @@ COMPILED = 7
 def batch_size(layer: Layer) -> int:
     """Clips in a batch, where the layer names none."""
     if layer.op in TEMPORAL_OPS:
-        return 32 if int(layer.case["clip_length"]) <= 1024 else 8  # type: ignore[call-overload]
+        return 32 if int(layer.case["clip_length"]) <= 1024 else 8  # type: ignore[arg-type]
     return 8
 
 

@@ -41,7 +41,7 @@ class Worker:
     def __init__(self, log: Path) -> None:
         fork = multiprocessing.get_context("fork")
         self.connection, theirs = fork.Pipe()
-        self.process = fork.Process(target=_serve, args=(theirs, self.connection, log), daemon=True)
+        self.process = fork.Process(target=_serve, args=(theirs, self.connection, log))
         self.process.start()
         theirs.close()
         self.unit: Unit | None = None

@@ -14,7 +14,7 @@ FOUND = 86
 """Exit code of the sanitizer where it found something."""
 
 OPTIONS = {
-    "memcheck": (),
+    "memcheck": ("--report-api-errors", "no"),  # libraries try calls out
     "racecheck": ("--racecheck-report", "all"),
 }
 """What each tool is asked for."""
@@ -43,7 +43,7 @@ def look(unit: Unit, emit: Emit) -> None:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if done.returncode == 0:
         row = {"status": "ok", "reason": ""}
-    elif done.returncode == UNFIT or "not supported" in said:
+    elif done.returncode == UNFIT or "Device not supported" in said:
         row = {"status": "skipped", "reason": lines[-1] if lines else ""}
     elif done.returncode == FOUND:
         errors = [line for line in lines if line.startswith("=========") and len(line) > 12]

@@ -64,9 +64,7 @@ def compile_layer(unit: Unit, emit: Emit) -> None:
     if op[given["implementation"]].why_not(case, device):
         return
     with precision(dtype):
-        call = bind(
-            op[given["implementation"]].fn, inputs_of(op, given["case"], case, TIMED_SEED, device), direction
-        )
+        call = bind(op[given["implementation"]].fn, inputs_of(op, given["case"], case, TIMED_SEED, device), direction)
         with tuning.watching() as chosen:
             call()
         for one in {(one.kernel, one.key.text): one for one in chosen}.values() if given["every"] else ():

@@ -95,6 +95,8 @@ def ways(op: Op, case: Case, device: torch.device) -> tuple[dict[str, tuple[str,
             continue
         if why := implementation.why_not(case, device):
             refused[name] = why
+        elif device.type == "cpu" and "triton" in implementation.requires:
+            refused[name] = "Triton's interpreter is for tests"
         elif name == "library" and hasattr(case, "height"):
             possible |= {f"{name}:{layout}": (name, layout) for layout in LAYOUTS}
         else:

@@ -58,8 +58,11 @@ def key(launch: Launch, gpu: Gpu) -> str:
     names = list(signature)
     values = {names[path[0]]: value for path, value in constants.items()}
     aligned = {names[path[0]] for path, attribute in attributes.items() if attribute}
+    # A plain 32-bit integer is what a size is unless something is known of it.
     types = " ".join(
-        f"{name}:{kind}{'/16' if name in aligned else ''}" for name, kind in signature.items() if name not in values
+        f"{name}:{kind}{'/16' if name in aligned else ''}"
+        for name, kind in signature.items()
+        if name not in values and (kind != "i32" or name in aligned)
     )
     text = " ".join(f"{name}={value}" for name, value in values.items())
     return f"{launch.kernel} ({types}) {text} num_warps={options.num_warps} num_stages={options.num_stages}"

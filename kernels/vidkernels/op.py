@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import cache, wraps
 from types import FunctionType
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vidkernels.shapes import Shape
 
@@ -275,8 +277,13 @@ class Op:
         return self.case_type(**{**values, **common})
 
     def inputs(self, case: Case, *, seed: int = 0, device: torch.device | str = "cpu") -> Inputs:
-        """Seeded inputs of a case, in its dtype and layout: the same values on every device."""
-        made = self.make_inputs(case, torch.Generator().manual_seed(seed))
+        """Seeded inputs of a case, in its dtype and layout: the same values on every device; none on `meta`."""
+        device = torch.device(device)
+        # Numbers that nobody will see need not be drawn.
+        with FakeTensorMode() if device.type == "meta" else nullcontext():
+            made = self.make_inputs(case, torch.Generator().manual_seed(seed))
+        if device.type == "meta":
+            made = made.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         dtype = DTYPES[case.dtype]
         channels_last = case.memory_format == "channels_last"
 

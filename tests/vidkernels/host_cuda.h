@@ -7,24 +7,12 @@
 #pragma once
 #define VIDKERNELS_HOST 1
 
-#include <algorithm>
 #include <cmath>
-#include <csetjmp>
-#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <memory>
-#include <random>
-#include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
-#include <vector>
-
-#include <sys/mman.h>
-#include <ucontext.h>
-#include <unistd.h>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -46,20 +34,11 @@
 
 namespace host_cuda {
 
-constexpr std::size_t kStackBytes = 128 * 1024;
-constexpr std::size_t kCanaryBytes = 256;
 constexpr int kWarp = 32;
 constexpr int kSlotBytes = 64;
 
 struct Barrier {
     unsigned expected = 0, arrived = 0, generation = 0;
-
-    void release_if_full() {
-        if (arrived && arrived >= expected) {
-            arrived = 0;
-            ++generation;
-        }
-    }
 };
 
 struct Warp {
@@ -68,70 +47,46 @@ struct Warp {
     alignas(16) unsigned char slots[2][kWarp][kSlotBytes];
 };
 
-struct Block {
-    uint3 index{};
-    unsigned rank = 0;
-    unsigned live = 0;
-    Barrier barrier;
-    std::vector<Warp> warps;
-    unsigned char* dynamic = nullptr;
-    std::size_t dynamic_bytes = 0;
-    std::vector<std::pair<const void*, std::unique_ptr<unsigned char[]>>> statics;
-};
-
-struct Fiber {
-    ucontext_t start;
-    jmp_buf place;
-    std::unique_ptr<unsigned char[]> stack;
-    bool begun = false;
-    bool done = true;
-    Block* block = nullptr;
+// Where the running thread is.
+struct Place {
+    uint3 block{};
     unsigned thread = 0;
-    const Barrier* waiting = nullptr;
-    unsigned seen = 0;
-    unsigned cluster_seen = 0;
+    unsigned rank = 0;
+    Warp* warp = nullptr;
+    Barrier* block_barrier = nullptr;
+    unsigned char* dynamic = nullptr;
 };
 
-struct State {
-    std::vector<std::unique_ptr<Fiber>> fibers;
-    std::vector<Block> blocks;
-    Barrier cluster;
-    Fiber* running = nullptr;
-    jmp_buf scheduler;
-    sigjmp_buf fault;
-    std::string error;
-    void (*job)(void*) = nullptr;
-    void* job_argument = nullptr;
+struct Argument {
+    const void* value;   // of a number
+    void* tensor;        // or the first element of a tensor
+    std::size_t bytes;   // of the number, or of the tensor
+    char kind;           // p, i or f
 };
 
-static State state;
+struct Parameter {
+    std::size_t bytes;
+    char kind;
+};
 
-[[noreturn]] static void fail(const std::string& why) {
-    state.error = why;
-    _longjmp(state.scheduler, 2);
-}
+struct Launch {
+    uint3 grid;
+    unsigned block, cluster;
+    std::size_t shared_bytes;
+    unsigned order;
+};
 
-static void yield() {
-    if (!_setjmp(state.running->place)) _longjmp(state.scheduler, 1);
-}
+extern const Place* here;
+[[noreturn]] void fail(const char* why);
+void arrive_and_wait(Barrier& barrier);
+void* static_bytes(const void* name, std::size_t bytes);
+void cluster_arrive();
+void cluster_wait();
+unsigned char* remote_bytes(const void* own, unsigned rank);
+const char* execute(const Launch& launch, const Parameter* parameters, unsigned expected, Argument* arguments,
+                    unsigned count, void (*job)(void*), void* job_argument);
 
-static void wait_for(const Barrier& barrier, unsigned generation) {
-    if (barrier.generation != generation) return;
-    state.running->waiting = &barrier;
-    state.running->seen = generation;
-    yield();
-    state.running->waiting = nullptr;
-}
-
-static void arrive_and_wait(Barrier& barrier) {
-    const unsigned generation = barrier.generation;
-    ++barrier.arrived;
-    barrier.release_if_full();
-    wait_for(barrier, generation);
-}
-
-static Warp& warp() { return state.running->block->warps[state.running->thread / kWarp]; }
-static unsigned lane() { return state.running->thread % kWarp; }
+inline unsigned lane() { return here->thread % kWarp; }
 
 // Every lane shows a value to its warp; `read(i)` gives that of lane i.
 template <class T>
@@ -148,7 +103,7 @@ struct Shown {
 template <class T>
 static Shown<T> show(const T& value) {
     static_assert(sizeof(T) <= kSlotBytes);
-    Warp& mine = warp();
+    Warp& mine = *here->warp;
     if (mine.barrier.expected != kWarp) fail("a warp of less than 32 live threads exchanges values");
     const unsigned parity = mine.barrier.generation & 1;
     std::memcpy(mine.slots[parity][lane()], &value, sizeof(T));
@@ -158,39 +113,19 @@ static Shown<T> show(const T& value) {
 
 template <class T>
 static T* dynamic_shared() {
-    return reinterpret_cast<T*>(state.running->block->dynamic);
+    return reinterpret_cast<T*>(here->dynamic);
 }
-
 template <class T>
 static T& static_shared(T& name) {
-    constexpr std::size_t align = 128;
-    auto& statics = state.running->block->statics;
-    auto found = std::find_if(statics.begin(), statics.end(), [&](auto& one) { return one.first == &name; });
-    if (found == statics.end()) {
-        statics.emplace_back(&name, new unsigned char[sizeof(T) + align]);
-        found = statics.end() - 1;
-        std::memset(found->second.get(), 0xff, sizeof(T) + align);
-    }
-    auto address = reinterpret_cast<std::uintptr_t>(found->second.get());
-    return *reinterpret_cast<T*>((address + align - 1) / align * align);
+    return *static_cast<T*>(static_bytes(&name, sizeof(T)));
 }
 
-// barrier.cluster.arrive.release, barrier.cluster.wait.acquire, %cluster_ctarank and mapa.
-static void cluster_arrive() {
-    state.running->cluster_seen = state.cluster.generation;
-    ++state.cluster.arrived;
-    state.cluster.release_if_full();
-}
-static void cluster_wait() { wait_for(state.cluster, state.running->cluster_seen); }
-static unsigned cluster_rank() { return state.running->block->rank; }
+// Beside cluster_arrive (barrier.cluster.arrive.release) and cluster_wait (barrier.cluster.wait.acquire):
+// %cluster_ctarank and mapa.
+inline unsigned cluster_rank() { return here->rank; }
 template <class T>
 static T* remote_shared(T* own, unsigned rank) {
-    if (rank >= state.blocks.size()) fail("shared memory of block " + std::to_string(rank) + ", beyond the cluster");
-    const Block& other = state.blocks[rank];
-    if (!other.live) fail("shared memory of a block that has ended");
-    const auto offset = std::size_t(reinterpret_cast<const unsigned char*>(own) - state.running->block->dynamic);
-    if (offset >= other.dynamic_bytes) fail("an address of another block that is not dynamic shared memory");
-    return reinterpret_cast<T*>(other.dynamic + offset);
+    return reinterpret_cast<T*>(remote_bytes(own, rank));
 }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.T.T.f32: fragments as in the PTX manual, §9.7.14.5.8.
@@ -218,7 +153,7 @@ static void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 
 struct ThreadIndex {
     struct X {
-        operator unsigned() const { return state.running->thread; }
+        operator unsigned() const { return here->thread; }
     } x;
     struct Zero {
         operator unsigned() const { return 0; }
@@ -226,13 +161,13 @@ struct ThreadIndex {
 };
 struct BlockIndex {
     struct X {
-        operator unsigned() const { return state.running->block->index.x; }
+        operator unsigned() const { return here->block.x; }
     } x;
     struct Y {
-        operator unsigned() const { return state.running->block->index.y; }
+        operator unsigned() const { return here->block.y; }
     } y;
     struct Z {
-        operator unsigned() const { return state.running->block->index.z; }
+        operator unsigned() const { return here->block.z; }
     } z;
 };
 
@@ -240,10 +175,10 @@ struct BlockIndex {
 
 static const host_cuda::ThreadIndex threadIdx{};
 static const host_cuda::BlockIndex blockIdx{};
-static uint3 blockDim{}, gridDim{};
+extern uint3 blockDim, gridDim;
 static const int warpSize = host_cuda::kWarp;
 
-static inline void __syncthreads() { host_cuda::arrive_and_wait(host_cuda::state.running->block->barrier); }
+static inline void __syncthreads() { host_cuda::arrive_and_wait(*host_cuda::here->block_barrier); }
 static inline void __syncwarp(unsigned = ~0u) { host_cuda::show(0); }
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}
@@ -312,27 +247,170 @@ static inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace host_cuda {
 
-static void leave(Fiber& fiber) {
-    Block& block = *fiber.block;
-    fiber.done = true;
-    --block.live;
-    for (Barrier* barrier : {&block.barrier, &block.warps[fiber.thread / kWarp].barrier, &state.cluster}) {
-        --barrier->expected;
-        barrier->release_if_full();
+template <class T>
+static T value_of(const Argument& argument) {
+    T value;
+    std::memcpy(&value, argument.tensor ? static_cast<const void*>(&argument.tensor) : argument.value, sizeof(T));
+    return value;
+}
+
+template <class... P, std::size_t... I>
+static const char* launch(void (*kernel)(P...), const Launch& how, Argument* arguments, unsigned count,
+                          std::index_sequence<I...>) {
+    const Parameter parameters[] = {
+        {sizeof(P), std::is_pointer_v<P> ? 'p' : std::is_floating_point_v<P> ? 'f' : 'i'}...};
+    struct Job {
+        void (*kernel)(P...);
+        const Argument* arguments;
+    } job{kernel, arguments};
+    const auto call = [](void* argument) {
+        const Job& job = *static_cast<Job*>(argument);
+        job.kernel(value_of<P>(job.arguments[I])...);
+    };
+    return execute(how, parameters, sizeof...(P), arguments, count, call, &job);
+}
+
+template <class... P>
+static const char* launch(void (*kernel)(P...), const Launch& how, Argument* arguments, unsigned count) {
+    return launch(kernel, how, arguments, count, std::index_sequence_for<P...>{});
+}
+
+}  // namespace host_cuda
+
+#ifdef HOST_CUDA_RUNTIME  // one library, which those of the kernels are linked to
+
+#include <algorithm>
+#include <csetjmp>
+#include <csignal>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+uint3 blockDim, gridDim;
+
+namespace host_cuda {
+
+constexpr std::size_t kStackBytes = 128 * 1024;
+constexpr std::size_t kCanaryBytes = 256;
+constexpr std::size_t kAlign = 1024;
+
+struct Block {
+    unsigned live = 0;
+    Barrier barrier;
+    std::vector<Warp> warps;
+    std::vector<unsigned char> memory;
+    unsigned char* dynamic = nullptr;
+    std::vector<std::pair<const void*, std::unique_ptr<unsigned char[]>>> statics;
+};
+
+struct Fiber {
+    Place place;
+    Block* block = nullptr;
+    ucontext_t start;
+    jmp_buf resumption;
+    std::unique_ptr<unsigned char[]> stack;
+    bool begun = false;
+    bool done = true;
+    const Barrier* waiting = nullptr;
+    unsigned seen = 0;
+    unsigned cluster_seen = 0;
+};
+
+static std::vector<std::unique_ptr<Fiber>> fibers;
+static std::vector<Block> blocks;
+static std::size_t dynamic_bytes;
+static Barrier cluster_barrier;
+static Fiber* running;
+static jmp_buf scheduler;
+static sigjmp_buf fault;
+static std::string error;
+static void (*current_job)(void*);
+static void* current_argument;
+const Place* here;
+
+void fail(const char* why) {
+    error = why;
+    _longjmp(scheduler, 2);
+}
+
+static void yield() {
+    if (!_setjmp(running->resumption)) _longjmp(scheduler, 1);
+}
+
+static void release_if_full(Barrier& barrier) {
+    if (barrier.arrived && barrier.arrived >= barrier.expected) {
+        barrier.arrived = 0;
+        ++barrier.generation;
     }
+}
+
+static void wait_for(const Barrier& barrier, unsigned generation) {
+    if (barrier.generation != generation) return;
+    running->waiting = &barrier;
+    running->seen = generation;
+    yield();
+    running->waiting = nullptr;
+}
+
+void arrive_and_wait(Barrier& barrier) {
+    const unsigned generation = barrier.generation;
+    ++barrier.arrived;
+    release_if_full(barrier);
+    wait_for(barrier, generation);
+}
+
+void cluster_arrive() {
+    running->cluster_seen = cluster_barrier.generation;
+    ++cluster_barrier.arrived;
+    release_if_full(cluster_barrier);
+}
+
+void cluster_wait() { wait_for(cluster_barrier, running->cluster_seen); }
+
+static unsigned char* aligned(unsigned char* bytes) {
+    return bytes + (kAlign - reinterpret_cast<std::uintptr_t>(bytes) % kAlign) % kAlign;
+}
+
+// Shared memory begins as NaN in every format, so that what was never written is seen.
+void* static_bytes(const void* name, std::size_t bytes) {
+    auto& statics = running->block->statics;
+    for (auto& [known, memory] : statics)
+        if (known == name) return aligned(memory.get());
+    statics.emplace_back(name, new unsigned char[bytes + kAlign]);
+    std::memset(statics.back().second.get(), 0xff, bytes + kAlign);
+    return aligned(statics.back().second.get());
+}
+
+unsigned char* remote_bytes(const void* own, unsigned rank) {
+    if (rank >= blocks.size()) fail("shared memory of a block beyond the cluster");
+    if (!blocks[rank].live) fail("shared memory of a block that has ended");
+    const auto offset = std::size_t(static_cast<const unsigned char*>(own) - running->block->dynamic);
+    if (offset >= dynamic_bytes) fail("an address of another block that is not dynamic shared memory");
+    return blocks[rank].dynamic + offset;
 }
 
 static void fiber_main() {
     for (;;) {
-        state.job(state.job_argument);
-        leave(*state.running);
+        current_job(current_argument);
+        running->done = true;
+        --running->block->live;
+        for (Barrier* barrier : {&running->block->barrier, &running->place.warp->barrier, &cluster_barrier}) {
+            --barrier->expected;
+            release_if_full(*barrier);
+        }
         yield();
     }
 }
 
 static void resume(Fiber& fiber) {
-    state.running = &fiber;
-    if (fiber.begun) _longjmp(fiber.place, 1);
+    running = &fiber;
+    here = &fiber.place;
+    if (fiber.begun) _longjmp(fiber.resumption, 1);
     fiber.begun = true;
     getcontext(&fiber.start);
     if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
@@ -348,13 +426,13 @@ static bool ready(const Fiber& fiber) {
 }
 
 static std::string where() {
-    const Fiber& fiber = *state.running;
-    const uint3 block = fiber.block->index;
-    return "thread " + std::to_string(fiber.thread) + " of block (" + std::to_string(block.x) + ", " +
+    const uint3 block = here->block;
+    return "thread " + std::to_string(here->thread) + " of block (" + std::to_string(block.x) + ", " +
            std::to_string(block.y) + ", " + std::to_string(block.z) + ")";
 }
 
-// Runs every fiber to its end. order: 0 first to last, 1 last to first, more: shuffled anew in every round, by this seed.
+// Runs every fiber to its end. order: 0 first to last, 1 last to first, more: shuffled in every round, by this seed.
+// Locals are static: they must survive the jumps.
 static void schedule(unsigned count, unsigned order) {
     static std::vector<unsigned> places;
     static std::mt19937 random;
@@ -368,35 +446,65 @@ static void schedule(unsigned count, unsigned order) {
         if (order > 1) std::shuffle(places.begin(), places.end(), random);
         progressed = false;
         for (at = 0; at < count; ++at) {
-            Fiber& fiber = *state.fibers[places[at]];
-            if (!ready(fiber)) continue;
+            if (!ready(*fibers[places[at]])) continue;
             progressed = true;
-            const int back = _setjmp(state.scheduler);
-            if (back == 0) resume(fiber);
+            const int back = _setjmp(scheduler);
+            if (back == 0) resume(*fibers[places[at]]);
             if (back == 2) {
-                state.error = where() + ": " + state.error;
+                error = where() + ": " + error;
                 return;
             }
-            remaining -= state.fibers[places[at]]->done;
+            remaining -= fibers[places[at]]->done;
         }
         if (remaining && !progressed) {
-            state.error = std::to_string(remaining) + " of " + std::to_string(count) +
-                          " threads wait at a barrier that the others never reach";
+            error = std::to_string(remaining) + " of " + std::to_string(count) +
+                    " threads wait at a barrier that the others never reach";
             return;
         }
     }
 }
 
-static void on_fault(int) { siglongjmp(state.fault, 1); }
+// The blocks of a cluster, from `first` on.
+static void place(const Launch& how, uint3 first) {
+    const unsigned count = how.block * how.cluster;
+    blocks.clear();
+    blocks.resize(how.cluster);
+    cluster_barrier = Barrier{count, 0, 0};
+    while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+    for (unsigned rank = 0; rank < how.cluster; ++rank) {
+        Block& block = blocks[rank];
+        block.live = block.barrier.expected = how.block;
+        block.warps.resize((how.block + kWarp - 1) / kWarp);
+        for (unsigned w = 0; w < block.warps.size(); ++w)
+            block.warps[w].barrier.expected = std::min<unsigned>(kWarp, how.block - w * kWarp);
+        block.memory.assign(how.shared_bytes + kCanaryBytes + kAlign, 0xff);
+        block.dynamic = aligned(block.memory.data());
+        for (unsigned thread = 0; thread < how.block; ++thread) {
+            Fiber& fiber = *fibers[rank * how.block + thread];
+            fiber.block = &block;
+            fiber.place = {{first.x + rank, first.y, first.z}, thread, rank, &block.warps[thread / kWarp],
+                           &block.barrier, block.dynamic};
+            fiber.done = false;
+            fiber.waiting = nullptr;
+        }
+    }
+}
+
+static void check_shared(const Launch& how) {
+    for (const Block& block : blocks)
+        for (std::size_t i = 0; i < kCanaryBytes; ++i)
+            if (block.dynamic[how.shared_bytes + i] != 0xff) error = "shared memory is written beyond shared_bytes";
+}
 
 // A copy of a tensor whose last byte (to 16) lies before an unreadable page.
 struct Guarded {
     unsigned char* map = nullptr;
-    std::size_t mapped = 0, bytes = 0;
+    std::size_t mapped = 0;
     unsigned char* data = nullptr;
     void* original = nullptr;
+    std::size_t bytes = 0;
 
-    void open(void* pointer, std::size_t size) {
+    void* open(void* pointer, std::size_t size) {
         const std::size_t page = sysconf(_SC_PAGESIZE);
         const std::size_t room = (size + 15) / 16 * 16;
         mapped = (room + page - 1) / page * page + 2 * page;
@@ -408,6 +516,7 @@ struct Guarded {
         std::memcpy(data, original, bytes);
         mprotect(map, page, PROT_NONE);
         mprotect(map + mapped - page, page, PROT_NONE);
+        return data;
     }
     void close() {
         if (!map) return;
@@ -416,125 +525,61 @@ struct Guarded {
     }
 };
 
-struct Argument {
-    const void* value;    // of a number
-    void* tensor;         // or the first element of a tensor
-    std::size_t bytes;    // of the number, or of the tensor
-    char kind;            // p, i or f
-};
+static void on_fault(int) { siglongjmp(fault, 1); }
 
-template <class T>
-static T value_of(const Argument& argument, Guarded& guarded) {
-    T value;
-    if (argument.tensor) {
-        void* pointer = guarded.data;
-        std::memcpy(&value, &pointer, sizeof(T));
-    } else {
-        std::memcpy(&value, argument.value, sizeof(T));
+// Every cluster of the grid, one after the other.
+static void run_grid(const Launch& how) {
+    static uint3 first;
+    for (first.z = 0; first.z < how.grid.z; ++first.z)
+        for (first.y = 0; first.y < how.grid.y; ++first.y)
+            for (first.x = 0; first.x < how.grid.x; first.x += how.cluster) {
+                place(how, first);
+                schedule(how.block * how.cluster, how.order);
+                if (error.empty()) check_shared(how);
+                if (!error.empty()) return;
+            }
+}
+
+static std::string mismatch(const Parameter* parameters, unsigned expected, const Argument* arguments, unsigned count) {
+    if (count != expected) return std::to_string(count) + " arguments for " + std::to_string(expected) + " parameters";
+    for (unsigned i = 0; i < count; ++i) {
+        const Argument& given = arguments[i];
+        const Parameter& wanted = parameters[i];
+        if (given.kind != wanted.kind || (given.kind != 'p' && given.bytes != wanted.bytes))
+            return "argument " + std::to_string(i) + " is " + given.kind + std::to_string(given.bytes) +
+                   ", the parameter " + wanted.kind + std::to_string(wanted.bytes);
     }
-    return value;
+    return "";
 }
 
-template <class T>
-static std::string mismatch(const Argument& argument, int number) {
-    const char kind = std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : 'i';
-    const bool fits = argument.kind == kind && (kind == 'p' || argument.bytes == sizeof(T));
-    if (fits) return "";
-    return "argument " + std::to_string(number) + " is " + argument.kind + std::to_string(argument.bytes) +
-           ", the parameter " + kind + std::to_string(sizeof(T));
-}
-
-template <class... P, std::size_t... I>
-static std::string launch_with(
-    void (*kernel)(P...), const Argument* arguments, uint3 grid, unsigned block, unsigned cluster,
-    std::size_t shared_bytes, unsigned order, std::index_sequence<I...>) {
-    std::string wrong;
-    (void)std::initializer_list<int>{(wrong.empty() ? (wrong = mismatch<P>(arguments[I], int(I)), 0) : 0)...};
-    if (!wrong.empty()) return wrong;
-    if (grid.x % cluster) return "the grid is no multiple of the cluster";
-
-    std::vector<Guarded> guarded(sizeof...(P) + 1);
-    (void)std::initializer_list<int>{
-        (arguments[I].tensor ? (guarded[I].open(arguments[I].tensor, arguments[I].bytes), 0) : 0)...};
-    std::tuple<P...> values{value_of<P>(arguments[I], guarded[I])...};
-    struct Job {
-        void (*kernel)(P...);
-        std::tuple<P...>* values;
-    } job{kernel, &values};
-    state.job = [](void* argument) {
-        auto& job = *static_cast<Job*>(argument);
-        std::apply(job.kernel, *job.values);
-    };
-    state.job_argument = &job;
-    state.error.clear();
-    blockDim = {block, 1, 1};
-    gridDim = grid;
-    const unsigned count = block * cluster;
-    while (state.fibers.size() < count) state.fibers.push_back(std::make_unique<Fiber>());
-    std::vector<std::vector<unsigned char>> memory(cluster);
-
+const char* execute(const Launch& how, const Parameter* parameters, unsigned expected, Argument* arguments,
+                    unsigned count, void (*job)(void*), void* job_argument) {
+    error = mismatch(parameters, expected, arguments, count);
+    if (error.empty() && how.grid.x % how.cluster) error = "the grid is no multiple of the cluster";
+    if (!error.empty()) return error.c_str();
+    std::vector<Guarded> guarded(count);
+    for (unsigned i = 0; i < count; ++i)
+        if (arguments[i].tensor) arguments[i].tensor = guarded[i].open(arguments[i].tensor, arguments[i].bytes);
+    current_job = job;
+    current_argument = job_argument;
+    blockDim = {how.block, 1, 1};
+    gridDim = how.grid;
+    dynamic_bytes = how.shared_bytes;
     struct sigaction handler {}, segv, bus;
     handler.sa_handler = on_fault;
     sigaction(SIGSEGV, &handler, &segv);
     sigaction(SIGBUS, &handler, &bus);
-    static uint3 first;
-    if (sigsetjmp(state.fault, 1)) {
-        state.error = where() + " reaches beyond a tensor's memory";
-    } else {
-        for (first.z = 0; first.z < grid.z && state.error.empty(); ++first.z)
-            for (first.y = 0; first.y < grid.y && state.error.empty(); ++first.y)
-                for (first.x = 0; first.x < grid.x && state.error.empty(); first.x += cluster) {
-                    state.blocks.clear();
-                    state.blocks.resize(cluster);
-                    state.cluster = Barrier{count, 0, 0};
-                    for (unsigned rank = 0; rank < cluster; ++rank) {
-                        Block& mine = state.blocks[rank];
-                        mine.index = {first.x + rank, first.y, first.z};
-                        mine.rank = rank;
-                        mine.live = block;
-                        mine.barrier.expected = block;
-                        mine.warps.resize((block + kWarp - 1) / kWarp);
-                        for (unsigned w = 0; w < mine.warps.size(); ++w)
-                            mine.warps[w].barrier.expected = std::min<unsigned>(kWarp, block - w * kWarp);
-                        // NaN in every format, so that what was never written is seen.
-                        memory[rank].assign(shared_bytes + kCanaryBytes + 1024, 0xff);
-                        auto address = reinterpret_cast<std::uintptr_t>(memory[rank].data());
-                        mine.dynamic = memory[rank].data() + (1024 - address % 1024) % 1024;
-                        mine.dynamic_bytes = shared_bytes;
-                        for (unsigned thread = 0; thread < block; ++thread) {
-                            Fiber& fiber = *state.fibers[rank * block + thread];
-                            fiber.block = &mine;
-                            fiber.thread = thread;
-                            fiber.done = false;
-                            fiber.waiting = nullptr;
-                        }
-                    }
-                    schedule(count, order);
-                    for (unsigned rank = 0; rank < cluster && state.error.empty(); ++rank)
-                        for (std::size_t i = 0; i < kCanaryBytes; ++i)
-                            if (state.blocks[rank].dynamic[shared_bytes + i] != 0xff)
-                                state.error = "shared memory is written beyond shared_bytes";
-                }
-    }
+    if (sigsetjmp(fault, 1))
+        error = where() + " reaches beyond a tensor's memory";
+    else
+        run_grid(how);
     sigaction(SIGSEGV, &segv, nullptr);
     sigaction(SIGBUS, &bus, nullptr);
     // Fibers that a failure stopped half-way begin anew.
-    if (!state.error.empty()) state.fibers.clear();
-    for (auto& one : guarded) one.close();
-    return state.error;
-}
-
-template <class... P>
-static const char* launch(
-    void (*kernel)(P...), const Argument* arguments, unsigned count, const unsigned* grid, unsigned block,
-    unsigned cluster, std::size_t shared_bytes, unsigned order) {
-    static std::string error;
-    if (count != sizeof...(P))
-        error = std::to_string(count) + " arguments for " + std::to_string(sizeof...(P)) + " parameters";
-    else
-        error = launch_with(kernel, arguments, uint3{grid[0], grid[1], grid[2]}, block, cluster, shared_bytes, order,
-                            std::index_sequence_for<P...>{});
+    if (!error.empty()) fibers.clear();
+    for (Guarded& one : guarded) one.close();
     return error.c_str();
 }
 
 }  // namespace host_cuda
+#endif

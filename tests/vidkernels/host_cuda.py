@@ -65,6 +65,16 @@ class _Argument(ctypes.Structure):
     )
 
 
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_size_t),
+        ("order", ctypes.c_uint),
+    )
+
+
 def why_not() -> str | None:
     """Why kernels cannot be run here; None when they can."""
     compiler = _compiler()
@@ -94,7 +104,8 @@ def run(
     launch = _library(kernel, tuple(sorted(macros.items())))
     values = [ctypes.c_void_p() if arg is None else arg for arg in args]
     arguments = (_Argument * len(args))(*map(_argument, values))
-    error = launch(arguments, len(args), (ctypes.c_uint * 3)(*grid), block, cluster, shared_bytes, ORDERS[order])
+    how = _Launch((ctypes.c_uint * 3)(*grid), block, cluster, shared_bytes, ORDERS[order])
+    error = launch(arguments, len(args), ctypes.byref(how))
     if error:
         raise RuntimeError(f"{kernel} {dict(macros)}: {error.decode()}")
 
@@ -155,19 +166,16 @@ def _library(kernel: str, macros: tuple[tuple[str, int | str], ...]) -> Any:
     source = cuda_source.ROOT / name
     text = _EXTERN.sub(r"\1* const \2 = host_cuda::dynamic_shared<\1>();", source.read_text())
     text = _STATIC.sub(r"static \1\2_names\3; auto& \2 = host_cuda::static_shared(\2_names);", text)
-    unit = f"""#line 1 "{source}"
+    unit = f"""#line 1 "{name}"
 {text}
-extern "C" const char* vidkernels_launch(const host_cuda::Argument* arguments, unsigned count, const unsigned* grid,
-                                         unsigned block, unsigned cluster, std::size_t shared_bytes, unsigned order) {{
-    return host_cuda::launch({entry}, arguments, count, grid, block, cluster, shared_bytes, order);
+extern "C" const char* vidkernels_launch(host_cuda::Argument* arguments, unsigned count, const host_cuda::Launch* how) {{
+    return host_cuda::launch({entry}, *how, arguments, count);
 }}
 """
     library = _built(unit, dict(macros), source.parent)
-    # PyDLL keeps the interpreter's lock: the fibers' state is one for each library.
+    # PyDLL keeps the interpreter's lock: the fibers are the same for all.
     launch = ctypes.PyDLL(str(library)).vidkernels_launch
     launch.restype = ctypes.c_char_p
-    unsigned = ctypes.c_uint
-    launch.argtypes = (ctypes.c_void_p, unsigned, ctypes.c_void_p, unsigned, unsigned, ctypes.c_size_t, unsigned)
     return launch
 
 
@@ -180,7 +188,8 @@ def _built(unit: str, macros: Mapping[str, int | str], folder: Path) -> Path:
     digest = hashlib.sha256("\0".join((unit, included, str(header), *options)).encode()).hexdigest()
     library = header.parent / f"{digest[:32]}.so"
     if not library.is_file():
-        _compile(("-shared", *options, "-include", str(header), "-x", "c++", "-"), library, unit)
+        runtime = str(header.parent / "runtime.so")
+        _compile(("-shared", *options, "-include", str(header), "-x", "c++", "-", "-x", "none", runtime), library, unit)
     return library
 
 
@@ -193,9 +202,12 @@ def _header() -> Path:
     (home / "nv").mkdir(parents=True, exist_ok=True)
     _write(home / "nv" / "target", _NV_TARGET)
     _write(home / _HEADER.name, text)
-    precompiled = home / f"{_HEADER.name}.gch"
+    precompiled, runtime = home / f"{_HEADER.name}.gch", home / "runtime.so"
+    options = (f"-I{home}", f"-I{cuda_source.headers()}", "-x")
     if not precompiled.is_file():
-        _compile((f"-I{home}", f"-I{cuda_source.headers()}", "-x", "c++-header", str(home / _HEADER.name)), precompiled)
+        _compile((*options, "c++-header", str(home / _HEADER.name)), precompiled)
+    if not runtime.is_file():
+        _compile(("-shared", "-DHOST_CUDA_RUNTIME", *options, "c++", str(home / _HEADER.name)), runtime)
     return home / _HEADER.name
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
+from collections.abc import Iterator
 
 import host_cuda
 import pytest
@@ -90,12 +90,14 @@ extern "C" __global__ void product(const TYPE* a, const TYPE* b, float* d) {
 """
 
 
-@pytest.fixture(autouse=True)
-def _kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "kernels.cu").write_text(SOURCE)
-    (tmp_path / "product.cu").write_text(PRODUCT)
-    monkeypatch.setattr(cuda_source, "ROOT", tmp_path)
-    host_cuda._library.cache_clear()
+@pytest.fixture(autouse=True, scope="module")
+def _kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.cu").write_text(SOURCE)
+    (folder / "product.cu").write_text(PRODUCT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_source, "ROOT", folder)
+        yield
 
 
 def _run(entry: str, *args: object, grid: int = 1, block: int = 64, shared_bytes: int = 0, **options: object) -> None:

@@ -38,6 +38,15 @@ def phased_rows(
 
 
 @triton.jit
+def within(index, size):
+    """The index where it is below the size, and one of the first 16 where a mask hides it.
+
+    Runs of 16 stay runs of 16, where a constant in their place would cost the wide loads and with them the pipeline.
+    """
+    return tl.where(index < size, index, index % 16)
+
+
+@triton.jit
 def accumulate(
     acc,
     a,
@@ -72,7 +81,7 @@ def accumulate(
     """
     k = tl.arange(0, BLOCK_K)
     wide = cols < outs
-    w_cols = w + tl.where(wide, cols, 0) * w_out
+    w_cols = w + within(cols, outs) * w_out
     tap = 0
     start = 0
     # One pipelined loop over taps and channels, with carried counters: no division.
@@ -83,13 +92,13 @@ def accumulate(
         moved = row + shift if MIRROR else row - shift
         moved = tl.where(there, moved, 0)
         mask = there[:, None] & (inner < width)[None, :]
-        narrow = tl.where(inner < width, inner, 0)
+        narrow = within(inner, width)
         left = tl.load(a + ((moved * width)[:, None] + narrow[None, :]), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         if GATE:
             gate = tl.load(gates + ((moved * gate_width)[:, None] + narrow[None, :]), mask=mask, other=0)
             left = tl.where((gate & GATE) != 0, left, 0.0)
         deep = inner < depth
-        w_rows = tap * w_tap + tl.where(deep, inner, 0) * w_in
+        w_rows = tap * w_tap + within(inner, depth) * w_in
         mask = deep[:, None] & wide[None, :]
         right = tl.load(w_rows[:, None] + w_cols[None, :], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
@@ -220,8 +229,8 @@ def correlate(
     shift = (taps - 1 - tap) * dilation
     o = o_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     c = c_tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_safe = tl.where(o < outs, o, 0)
-    c_safe = tl.where(c < ins, c, 0)
+    o_safe = within(o, outs)
+    c_safe = within(c, ins)
     acc = tl.zeros([BLOCK_O, BLOCK_C], tl.float32)
     sums = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     for start in range(0, chunk, BLOCK_R):

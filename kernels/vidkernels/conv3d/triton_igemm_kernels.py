@@ -39,7 +39,7 @@ def _axis(residue, taps, stride, padding, dilation, tap_stride, RESIDUES: tl.con
 
 
 @triton.jit
-def _store(acc, bias, residual, y, rows, row_ok, column, channels, ACTIVATION: tl.constexpr, UNIT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _store(acc, bias, residual, y, rows, row_ok, column, channels, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Rounds activation(acc + bias + residual) to y, from `column` on; `rows` are offsets of elements."""
     columns = column + tl.arange(0, WIDTH)
     columns_ok = columns < channels
@@ -134,6 +134,7 @@ def gather(
     tap_w -= tap_h * count_w
     tap_h -= tap_t * count_h
 
+    taps = taps_t * taps_h * taps_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(begin, end):
         shift_t = tap_t * step_t
@@ -150,7 +151,6 @@ def gather(
 
         tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
         tap = tap * taps_w + first_w + tap_w * tap_stride_w
-        taps = taps_t * taps_h * taps_w
         if TRANSPOSED:
             spots = (channels * taps + tap)[:, None] * out_channels + columns[None, :]
         else:
@@ -170,7 +170,118 @@ def gather(
         tap_t += carry
 
     out_rows += tl.program_id(2) * (samples.to(tl.int64) * out_t * out_h * out_w * out_channels)
-    _store(acc, bias, residual, y, out_rows, row_ok, column, out_channels, ACTIVATION, OUT_UNIT, BLOCK_N)
+    _store(acc, bias, residual, y, out_rows, row_ok, column, out_channels, ACTIVATION, BLOCK_N)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "samples", "out_t", "out_h", "out_w", "in_channels", "out_units", "taps_t", "taps_h", "taps_w",
+        "stride_t", "stride_h", "stride_w", "padding_t", "padding_h", "padding_w",
+        "dilation_t", "dilation_h", "dilation_w", "tap_stride_t", "tap_stride_h", "tap_stride_w",
+    ]
+)  # fmt: skip
+def boxes(
+    x, weight, weight_tail, bias, residual, y,
+    samples, out_t, out_h, out_w, in_channels, out_units,
+    taps_t, taps_h, taps_w, stride_t, stride_h, stride_w, padding_t, padding_h, padding_w,
+    dilation_t, dilation_h, dilation_w, tap_stride_t, tap_stride_h, tap_stride_w,
+    OUT_UNIT: tl.constexpr, BOX_N: tl.constexpr, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
+    TRANSPOSED: tl.constexpr, RESIDUES: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `gather` where neighbours in the result are neighbours in x: rows come as boxes, by the copy engine.
+
+    It fills with zeros what lies outside of x, so padding, edges and missing channels need no masks. A tile has
+    BLOCK_N columns, and TAIL more that share its rows.
+    """
+    BLOCK_M: tl.constexpr = BOX_N * BOX_T * BOX_H * BOX_W
+    out_channels = out_units * OUT_UNIT
+
+    residue = tl.program_id(1)
+    across_w = tl.minimum(stride_w, out_w) if RESIDUES else 1
+    across_h = tl.minimum(stride_h, out_h) if RESIDUES else 1
+    residue_w = residue % across_w
+    residue_h = (residue // across_w) % across_h
+    residue_t = residue // (across_w * across_h)
+    first_t, count_t, start_t, _, step_t = _axis(residue_t, taps_t, stride_t, padding_t, dilation_t, tap_stride_t, RESIDUES)  # fmt: skip
+    first_h, count_h, start_h, _, step_h = _axis(residue_h, taps_h, stride_h, padding_h, dilation_h, tap_stride_h, RESIDUES)  # fmt: skip
+    first_w, count_w, start_w, _, step_w = _axis(residue_w, taps_w, stride_w, padding_w, dilation_w, tap_stride_w, RESIDUES)  # fmt: skip
+    apart_t = stride_t if RESIDUES else 1
+    apart_h = stride_h if RESIDUES else 1
+    apart_w = stride_w if RESIDUES else 1
+    size_t = tl.cdiv(out_t - residue_t, apart_t)
+    size_h = tl.cdiv(out_h - residue_h, apart_h)
+    size_w = tl.cdiv(out_w - residue_w, apart_w)
+
+    tiles_n = tl.cdiv(out_channels, BLOCK_N + TAIL)
+    column = (tl.program_id(0) % tiles_n) * (BLOCK_N + TAIL)
+    box = tl.program_id(0) // tiles_n
+    across = tl.cdiv(size_w, BOX_W)
+    w = (box % across) * BOX_W
+    box = box // across
+    across = tl.cdiv(size_h, BOX_H)
+    h = (box % across) * BOX_H
+    box = box // across
+    across = tl.cdiv(size_t, BOX_T)
+    t = (box % across) * BOX_T
+    n = (box // across) * BOX_N
+
+    blocks_k = tl.cdiv(in_channels, BLOCK_K)
+    # A residue with fewer positions than the first has blocks to spare.
+    depth = tl.where(n < samples, count_t * count_h * count_w * blocks_k, 0)
+    begin = (depth.to(tl.int64) * tl.program_id(2) // tl.num_programs(2)).to(tl.int32)
+    end = (depth.to(tl.int64) * (tl.program_id(2) + 1) // tl.num_programs(2)).to(tl.int32)
+    channel = (begin % blocks_k) * BLOCK_K
+    tap_w = begin // blocks_k
+    tap_h = tap_w // tl.maximum(count_w, 1)
+    tap_t = tap_h // tl.maximum(count_h, 1)
+    tap_w -= tap_h * count_w
+    tap_h -= tap_t * count_h
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TAIL > 0:
+        acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    for _ in range(begin, end):
+        a = x.load([n, t + start_t + tap_t * step_t, h + start_h + tap_h * step_h, w + start_w + tap_w * step_w, channel])  # fmt: skip
+        a = a.reshape(BLOCK_M, BLOCK_K)
+        tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
+        tap = tap * taps_w + first_w + tap_w * tap_stride_w
+        if TRANSPOSED:
+            b = weight.load([channel, tap, column]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            b = weight.load([column, tap, channel]).reshape(BLOCK_N, BLOCK_K).T
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if TAIL > 0:
+            if TRANSPOSED:
+                b_tail = weight_tail.load([channel, tap, column + BLOCK_N]).reshape(BLOCK_K, TAIL)
+            else:
+                b_tail = weight_tail.load([column + BLOCK_N, tap, channel]).reshape(TAIL, BLOCK_K).T
+            acc_tail = tl.dot(a, b_tail, acc_tail, input_precision=PRECISION)
+
+        channel += BLOCK_K
+        carry = (channel >= in_channels).to(tl.int32)
+        channel *= 1 - carry
+        tap_w += carry
+        carry = (tap_w >= count_w).to(tl.int32)
+        tap_w *= 1 - carry
+        tap_h += carry
+        carry = (tap_h >= count_h).to(tl.int32)
+        tap_h *= 1 - carry
+        tap_t += carry
+
+    row = tl.arange(0, BLOCK_M)
+    w += row % BOX_W
+    h += row // BOX_W % BOX_H
+    t += row // (BOX_W * BOX_H) % BOX_T
+    n += row // (BOX_W * BOX_H * BOX_T)
+    row_ok = (n < samples) & (t < size_t) & (h < size_h) & (w < size_w)  # [BLOCK_M]
+    rows = n.to(tl.int64) * out_t + residue_t + t * apart_t
+    rows = (rows * out_h + residue_h + h * apart_h) * out_w + residue_w + w * apart_w
+    rows = tl.program_id(2) * (samples.to(tl.int64) * out_t * out_h * out_w * out_channels) + rows * out_channels
+    rows = tl.where(row_ok, rows, 0)
+    _store(acc, bias, residual, y, rows, row_ok, column, out_channels, ACTIVATION, BLOCK_N)
+    if TAIL > 0:
+        _store(acc_tail, bias, residual, y, rows, row_ok, column + BLOCK_N, out_channels, ACTIVATION, TAIL)
 
 
 @triton.jit(do_not_specialize=["elements", "channels", "parts"])

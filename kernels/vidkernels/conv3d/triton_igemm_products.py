@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vidkernels import launch, tuning
-from vidkernels.conv3d.triton_igemm_tiles import arithmetic, convolution_tiles
+from vidkernels.conv3d.triton_igemm_tiles import aligned, arithmetic, box, convolution_tiles, copied_as_boxes, tensor_map
 from vidkernels.shapes import Shape, Triple, conv_sizes, triple
 
 _KERNELS = "conv3d.triton_igemm_kernels"
@@ -78,52 +78,79 @@ def _convolve(
 ) -> None:
     """Launches what computes y from x; all are channels-last and contiguous."""
     gpu = launch.gpu_of(x)
-    samples, *in_sizes, in_channels = x.shape
-    *out_sizes, out_channels = y.shape[1:]
+    samples, in_channels, out_channels = x.shape[0], x.shape[-1], y.shape[-1]
+    out_sizes = triple(y.shape[1:4], "y")
     taps = triple(weight.shape[1:4], "weight")
     residues = transposed and stride != (1, 1, 1)
-    positions = y.numel() // out_channels
-    candidates = convolution_tiles(x, positions, in_channels, out_channels, prod(taps), gpu)
-    key = tuning.Key(arithmetic(x), (in_channels, out_channels), (*taps, *stride), positions)
-    config = tuning.pick(f"conv3d/triton_igemm/{direction}", key, candidates, gpu)
-    tiles = {name: value for name, value in config.items() if name != "SPLIT"}
-    split = config["SPLIT"]
-
+    boxed = copied_as_boxes(gpu) and (transposed or stride == (1, 1, 1))
     # Positions of one residue along each axis; the first residue has the most.
     steps = stride if residues else (1, 1, 1)
     classes = prod(min(s, size) for s, size in zip(steps, out_sizes, strict=True))
-    rows = samples * prod(-(-size // s) for s, size in zip(steps, out_sizes, strict=True))
-    blocks = -(-rows // config["BLOCK_M"]) * -(-out_channels // config["BLOCK_N"])
+    t, h, w = (-(-size // s) for s, size in zip(steps, out_sizes, strict=True))
+
+    positions = samples * prod(out_sizes)
+    candidates = convolution_tiles(x, positions, in_channels, out_channels, prod(taps), gpu, boxed=boxed)
+    key = tuning.Key(arithmetic(x), (in_channels, out_channels), (*taps, *stride), positions)
+    config = tuning.pick(f"conv3d/triton_igemm/{direction}", key, candidates, gpu)
+    block_m, block_n, block_k, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT"))
     target = y if split == 1 else x.new_empty((split, *y.shape), dtype=torch.float32)
-    whole = split == 1
-    in_unit, out_unit = gcd(in_channels, 16), gcd(out_channels, 16)
-    launch.triton(
-        f"{_KERNELS}:gather",
-        (blocks, classes, split),
-        x,
-        weight,
-        bias if whole else None,
-        residual if whole else None,
-        target,
-        samples,
-        *in_sizes,
-        *out_sizes,
-        in_channels // in_unit,
-        out_channels // out_unit,
-        *taps,
-        *stride,
-        *padding,
-        *dilation,
-        *(s // gcd(s, d) for s, d in zip(steps, dilation, strict=True)),
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        TRANSPOSED=transposed,
-        RESIDUES=residues,
-        ACTIVATION=activation if whole else "none",
-        PRECISION=launch.precision(x),
-        **tiles,
-    )
-    if not whole:
+    added = (bias, residual) if split == 1 else (None, None)
+    tap_strides = (s // gcd(s, d) for s, d in zip(steps, dilation, strict=True))
+    geometry = (*taps, *stride, *padding, *dilation, *tap_strides)
+    out_unit = gcd(out_channels, 16)
+    constants = {
+        "OUT_UNIT": out_unit,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "TRANSPOSED": transposed,
+        "RESIDUES": residues,
+        "ACTIVATION": activation if split == 1 else "none",
+        "PRECISION": launch.precision(x),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+    if boxed:
+        tail = config["TAIL"]
+        shape = box(block_m, (samples, t, h, w))
+        blocks = prod(-(-size // side) for size, side in zip((samples, t, h, w), shape, strict=True))
+        x, filters = aligned(x), aligned(weight).flatten(1, 3)
+        launch.triton(
+            f"{_KERNELS}:boxes",
+            (blocks * -(-out_channels // (block_n + tail)), classes, split),
+            tensor_map(x, (*shape, block_k)),
+            tensor_map(filters, (block_k, 1, block_n) if transposed else (block_n, 1, block_k)),
+            tensor_map(filters, (block_k, 1, tail) if transposed else (tail, 1, block_k)) if tail else None,
+            *added,
+            target,
+            samples,
+            *out_sizes,
+            in_channels,
+            out_channels // out_unit,
+            *geometry,
+            TAIL=tail,
+            **dict(zip(("BOX_N", "BOX_T", "BOX_H", "BOX_W"), shape, strict=True)),
+            **constants,
+        )
+    else:
+        in_unit = gcd(in_channels, 16)
+        launch.triton(
+            f"{_KERNELS}:gather",
+            (-(-(samples * t * h * w) // block_m) * -(-out_channels // block_n), classes, split),
+            x,
+            weight,
+            *added,
+            target,
+            samples,
+            *x.shape[1:4],
+            *out_sizes,
+            in_channels // in_unit,
+            out_channels // out_unit,
+            *geometry,
+            IN_UNIT=in_unit,
+            BLOCK_M=block_m,
+            **constants,
+        )
+    if split > 1:
         add_parts(target, bias, residual, y, activation)
 
 

@@ -2,20 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from math import prod
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidkernels import launch
-from vidkernels.launch import Gpu
+from vidkernels.launch import Gpu, TensorMap
 from vidkernels.op import dtype_name
 from vidkernels.tuning import Config
+
+Box = tuple[int, int, int, int]
+"""Positions of one tile along (N, T, H, W), powers of two."""
 
 
 def arithmetic(x: Tensor) -> str:
     """The dtype of a tuning key."""
     return "tf32" if launch.precision(x) == "tf32" else dtype_name(x)
+
+
+def copied_as_boxes(gpu: Gpu) -> bool:
+    """The GPU has a copy engine that fetches boxes of a tensor."""
+    return gpu.capability >= 90
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy whose innermost size has been filled up to whole units of 16 bytes, which begins at one."""
+    units = 16 // tensor.element_size()
+    missing = -tensor.shape[-1] % units
+    if missing:
+        return F.pad(tensor, (0, missing))
+    return tensor if tensor.storage_offset() % units == 0 else tensor.clone()
+
+
+def tensor_map(tensor: Tensor, block: tuple[int, ...]) -> TensorMap:
+    """A contiguous tensor in blocks."""
+    return TensorMap(tensor, tuple(tensor.shape), tensor.stride(), block)
+
+
+@cache
+def box(rows: int, sizes: tuple[int, int, int, int]) -> Box:
+    """The box of so many positions that covers (N, T, H, W) with the least waste, then the widest along W, H, T."""
+    powers = [1 << i for i in range(rows.bit_length())]
+    boxes = ((rows // (t * h * w), t, h, w) for t, h, w in product(powers, repeat=3) if t * h * w <= rows)
+
+    def cost(box: Box) -> tuple[int, ...]:
+        covered = prod(-(-size // block) * block for size, block in zip(sizes, box, strict=True))
+        return covered, -box[3], -box[2], -box[1]
+
+    return min(boxes, key=cost)
+
+
+def convolution_tiles(
+    x: Tensor, rows: int, in_channels: int, out_channels: int, taps: int, gpu: Gpu, *, boxed: bool
+) -> list[Config]:
+    """Tiles of a product of rows × (taps · in_channels) × out_channels.
+
+    Args:
+        x: Its left factor.
+        boxed: Rows come as boxes, and columns may be split unevenly.
+    """
+    kind = arithmetic(x)
+    candidates: list[Config] = []
+    for (block_n, tail), block_m, warps, stages in _convolution_shapes(kind, rows, out_channels, gpu, boxed):
+        block_k = _depth(in_channels, {"fp32": 16, "tf32": 32}.get(kind, 64))
+        while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > gpu.shared_bytes - 4096:
+            stages -= 1
+        blocks = -(-rows // block_m) * -(-out_channels // (block_n + tail))
+        split = max(1, min(gpu.processors // max(blocks, 1), taps * -(-in_channels // block_k) // 4, 16))
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        if boxed:
+            config["TAIL"] = tail
+        for parts in dict.fromkeys((split, 1)):
+            if (candidate := {**config, "SPLIT": parts}) not in candidates:
+                candidates.append(candidate)
+    return candidates[:8]
+
+
+def _convolution_shapes(
+    kind: str, rows: int, out_channels: int, gpu: Gpu, boxed: bool
+) -> Iterator[tuple[tuple[int, int], int, int, int]]:
+    """((BLOCK_N, TAIL), BLOCK_M, num_warps, num_stages), the best guess first."""
+    if kind == "fp32":
+        # Multiplied without matrix instructions: operands and sums all lie in registers.
+        narrow = power_of_two(out_channels, 16, 64)
+        yield (narrow, 0), 64, 4, 2
+        yield (min(narrow, 32), 0), 64, 4, 2
+        return
+    widths = _widths(out_channels, most=256 if gpu.capability >= 90 and kind != "tf32" else 128, tails=boxed)
+    for block_n, tail in widths[:2]:
+        wide = block_n + tail
+        few = -(-rows // 128) * -(-out_channels // wide) < gpu.processors
+        if wide > 128 or gpu.capability < 90 and wide > 64 or kind == "tf32" and wide > 64:
+            tiles = [(128, 8, 3), (64, 4, 3)]
+        elif wide > 64:
+            tiles = [(128, 8, 4), (128, 4, 4), (64, 4, 4)]
+        else:
+            tiles = [(128, 4, 4), (256, 8, 4), (64, 4, 4)]
+        if few:
+            tiles.sort()
+        for block_m, warps, stages in tiles:
+            if not (wide > 128 and warps == 4 and block_m * wide > 128 * 128):
+                yield (block_n, tail), block_m, warps, stages
+
+
+def _widths(channels: int, *, most: int, tails: bool) -> list[tuple[int, int]]:
+    """(BLOCK_N, TAIL) by how much is multiplied for nothing, and by how often the rows are fetched."""
+    plain = [(width, 0) for width in (16, 32, 64, 128, 256) if width <= most]
+    pairs = [(width, tail) for width in (32, 64, 128) for tail in (16, 32, 64) if tail < width] if tails else []
+
+    def cost(pair: tuple[int, int]) -> int:
+        width = sum(pair)
+        # Fetching the rows of a tile takes about as long as multiplying by 24 columns [estimate].
+        return -(-channels // width) * (width + 24)
+
+    return sorted((pair for pair in plain + pairs if sum(pair) <= most), key=cost)
+
+
+def _depth(channels: int, most: int) -> int:
+    """BLOCK_K: the largest that wastes at most an eighth more than the smaller one."""
+    block = power_of_two(channels, 16, most)
+    while block > 16:
+        padded, finer = (-(-channels // size) * size for size in (block, block // 2))
+        if 8 * padded <= 9 * finer:
+            break
+        block //= 2
+    return block
 
 
 def power_of_two(size: int, least: int, most: int) -> int:
@@ -26,21 +141,38 @@ def power_of_two(size: int, least: int, most: int) -> int:
     return block
 
 
-def convolution_tiles(
-    x: Tensor, positions: int, in_channels: int, out_channels: int, taps: int, gpu: Gpu
-) -> list[Config]:
-    """Tiles of a product of positions × (taps · in_channels) × out_channels."""
-    block_n = power_of_two(out_channels, 16, 128)
-    block_k = power_of_two(in_channels, 16, 32)
-    tile = {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
-    return [{**tile, "SPLIT": 1}]
-
-
 def weight_tiles(
     x: Tensor, positions: int, in_channels: int, out_channels: int, taps: int, gpu: Gpu
 ) -> list[Config]:
-    """Tiles of a product of out_channels × positions × in_channels, one for every tap."""
-    block_m = power_of_two(out_channels, 16, 128)
-    block_n = power_of_two(in_channels, 16, 128)
-    tile = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    return [{**tile, "SPLIT": 2 if positions > 100 else 1}]
+    """Tiles of a product of out_channels × positions × in_channels, for GROUP taps at a time."""
+    kind = arithmetic(x)
+    group = 3 if taps % 3 == 0 else 1
+    if kind == "fp32":
+        shapes = [(32, 32, 32, 4, 2, group), (32, 32, 32, 4, 2, 1)]
+    else:
+        depth = 64 if kind != "tf32" else 32
+        rows, columns = power_of_two(out_channels, 16, 128), power_of_two(in_channels, 16, 128)
+        shapes = [
+            (rows, min(columns, 64), depth, 8 if rows == 128 else 4, 3, group),
+            (rows, columns, depth, 8 if rows == 128 else 4, 3, 1),
+            (min(rows, 64), min(columns, 64), depth, 4, 3, group),
+        ]
+    candidates: list[Config] = []
+    for block_m, block_n, block_k, warps, stages, taken in shapes:
+        while stages > 1 and stages * (block_m + taken * block_n) * block_k * x.element_size() > gpu.shared_bytes - 4096:
+            stages -= 1
+        blocks = -(-taps // taken) * -(-in_channels // block_n) * -(-out_channels // block_m)
+        # Two blocks for every processor, each with a few steps at least.
+        split = max(1, min(2 * gpu.processors // blocks, positions // (8 * block_k), 64))
+        config = {
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "GROUP": taken,
+            "SPLIT": split,
+            "num_warps": warps,
+            "num_stages": stages,
+        }
+        if config not in candidates:
+            candidates.append(config)
+    return candidates

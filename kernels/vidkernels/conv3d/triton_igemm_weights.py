@@ -9,8 +9,10 @@ from torch import Tensor
 
 from vidkernels import launch, tuning
 from vidkernels.conv3d.triton_igemm_products import add_parts
-from vidkernels.conv3d.triton_igemm_tiles import arithmetic, weight_tiles
+from vidkernels.conv3d.triton_igemm_tiles import aligned, arithmetic, box, copied_as_boxes, tensor_map, weight_tiles
 from vidkernels.shapes import Triple
+
+_KERNELS = "conv3d.triton_igemm_weight_kernels"
 
 
 def weight_gradient(
@@ -26,41 +28,69 @@ def weight_gradient(
         (C_out, kT, kH, kW, C_in), contiguous: float32 sums, rounded to the dtype of x.
     """
     gpu = launch.gpu_of(x)
-    samples, *in_sizes, in_channels = x.shape
-    *out_sizes, out_channels = g.shape[1:]
-    positions = samples * prod(out_sizes)
+    samples, in_channels, out_channels = x.shape[0], x.shape[-1], g.shape[-1]
+    t, h, w = g.shape[1:4]
+    boxed = copied_as_boxes(gpu) and stride == (1, 1, 1)
     gw = x.new_empty((out_channels, *kernel_size, in_channels))
-    candidates = weight_tiles(x, positions, in_channels, out_channels, prod(kernel_size), gpu)
+    taps, positions = prod(kernel_size), samples * t * h * w
+    candidates = weight_tiles(x, positions, in_channels, out_channels, taps, gpu)
     key = tuning.Key(arithmetic(x), (in_channels, out_channels), (*kernel_size, *stride), positions)
     config = tuning.pick("conv3d/triton_igemm/weight_gradient", key, candidates, gpu)
-    tiles = {name: value for name, value in config.items() if name != "SPLIT"}
-    split = config["SPLIT"]
+    block_m, block_n, group, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP", "SPLIT"))
     target = gw if split == 1 else x.new_empty((split, *gw.shape), dtype=torch.float32)
-    in_unit, out_unit = gcd(in_channels, 16), gcd(out_channels, 16)
-    launch.triton(
-        "conv3d.triton_igemm_weight_kernels:gather",
-        (
-            prod(kernel_size) * -(-in_channels // config["BLOCK_N"]),
-            -(-out_channels // config["BLOCK_M"]),
-            split,
-        ),
-        x,
-        g,
-        target,
-        samples,
-        *in_sizes,
-        *out_sizes,
-        in_channels // in_unit,
-        out_channels // out_unit,
-        *kernel_size,
-        *stride,
-        *padding,
-        *dilation,
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        PRECISION=launch.precision(x),
-        **tiles,
-    )
+    grid = (-(-taps // group) * -(-in_channels // block_n), -(-out_channels // block_m), split)
+    constants = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "GROUP": group,
+        "PRECISION": launch.precision(x),
+        "num_warps": config["num_warps"],
+        "num_stages": config["num_stages"],
+    }
+    if boxed:
+        shape = box(config["BLOCK_K"], (samples, t, h, w))
+        launch.triton(
+            f"{_KERNELS}:boxes",
+            grid,
+            tensor_map(aligned(x), (*shape, block_n)),
+            tensor_map(aligned(g), (*shape, block_m)),
+            target,
+            samples,
+            t,
+            h,
+            w,
+            in_channels,
+            out_channels,
+            *kernel_size,
+            *padding,
+            *dilation,
+            **dict(zip(("BOX_N", "BOX_T", "BOX_H", "BOX_W"), shape, strict=True)),
+            **constants,
+        )
+    else:
+        in_unit, out_unit = gcd(in_channels, 16), gcd(out_channels, 16)
+        launch.triton(
+            f"{_KERNELS}:gather",
+            grid,
+            x,
+            g,
+            target,
+            samples,
+            *x.shape[1:4],
+            t,
+            h,
+            w,
+            in_channels // in_unit,
+            out_channels // out_unit,
+            *kernel_size,
+            *stride,
+            *padding,
+            *dilation,
+            IN_UNIT=in_unit,
+            OUT_UNIT=out_unit,
+            BLOCK_K=config["BLOCK_K"],
+            **constants,
+        )
     if split > 1:
         add_parts(target, None, None, gw, "none")
     return gw

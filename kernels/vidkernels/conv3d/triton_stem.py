@@ -289,12 +289,12 @@ def weight_gradient(x: Tensor, g: Tensor, kernel_size: list[int], stride: list[i
 
 def _gradient_candidates(x: Tensor, length: int, width: int, gpu: launch.Gpu) -> Iterator[dict[str, int]]:
     exact = x.dtype is torch.float32 and launch.precision(x) == "ieee"
-    most = 64 if exact else 128
-    columns = min(max(_power_of_2(width), 16), most)
-    longest = min(max(_power_of_2(length), 16), 64 if exact else 256)
+    columns = min(max(_power_of_2(width), 16), 64 if exact else 128)
+    # 64 sums a thread: twice as many do not leave room for the addresses.
+    longest = min(max(_power_of_2(length), 16), 64 if exact else 128 * 128 // max(columns, 64))
     for j in (longest, longest // 2, longest // 4):
         for rows, stages in ((32, 2),) if exact else ((64, 3), (32, 4)):
-            warps = 8 if columns * j > 128 * 128 else 4
+            warps = 8 if columns * j > 64 * 128 else 4
             shared = stages * rows * (columns + j) * x.element_size()
             if j >= 16 and shared <= gpu.shared_bytes:
                 yield {"BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_J": j, "num_warps": warps, "num_stages": stages}
@@ -323,19 +323,20 @@ def input_gradient(g: Tensor, weight: Tensor, sizes: list[int], stride: list[int
         form=(k_t, k_h, k_w, *stride),
         positions=n * t * h * w,
     )
-    candidates = [*_input_candidates(g, runs)]
+    rows = _rounded_up(c_out, 16)
+    candidates = [*_input_candidates(g, runs, shifts * rows)]
     config = tuning.pick("conv3d/triton_stem/input_gradient", key, candidates, gpu)
-    rows = _rounded_up(c_out, config["BLOCK_K"])
-    filters = g.new_empty((k_t * k_h, shifts, rows, columns))
+    length = _rounded_up(shifts * rows, config["BLOCK_K"])
+    filters = g.new_empty((k_t * k_h, length, columns))
     form = {
         "C_OUT": c_out,
         "C_IN": c,
         "STRIDE_W": stride[2],
         "PIXEL": pixel,
         "RUN": run,
-        "SHIFTS": shifts,
         "FIRST_SHIFT": first_shift,
         "ROWS": rows,
+        "LENGTH": length,
         "COLUMNS": columns,
     }
     launch.triton(
@@ -363,6 +364,7 @@ def input_gradient(g: Tensor, weight: Tensor, sizes: list[int], stride: list[int
         *padding,
         K_T=k_t,
         K_H=k_h,
+        SHIFTS=shifts,
         PRECISION=launch.precision(g),
         **form,
         **config,
@@ -370,10 +372,10 @@ def input_gradient(g: Tensor, weight: Tensor, sizes: list[int], stride: list[int
     return gradient
 
 
-def _input_candidates(g: Tensor, runs: int) -> Iterator[dict[str, int]]:
+def _input_candidates(g: Tensor, runs: int, length: int) -> Iterator[dict[str, int]]:
     exact = g.dtype is torch.float32 and launch.precision(g) == "ieee"
     wide = min(max(_power_of_2(runs), 16), 128)
-    k = min(max(_power_of_2(g.shape[4]), 16), 32 if exact else 64)
+    k = min(_power_of_2(length), 32 if exact else 64)
     for rows in sorted({wide, max(wide // 2, 16)}, reverse=True):
         for warps in (4, 2):
             yield {"BLOCK_M": rows, "BLOCK_K": k, "num_warps": warps, "num_stages": 3}

@@ -307,18 +307,19 @@ def pack_weight_transposed(
     STRIDE_W: tl.constexpr,
     PIXEL: tl.constexpr,
     RUN: tl.constexpr,
-    SHIFTS: tl.constexpr,
     FIRST_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """packed[tap, shift, o, r·PIXEL + c] = weight[o, c, tap, r − stride·(shift + FIRST_SHIFT)]."""
+    """packed[tap, shift·ROWS + o, r·PIXEL + c] = weight[o, c, tap, r − stride·(shift + FIRST_SHIFT)], 0 elsewhere."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     column = index % COLUMNS
-    o = index // COLUMNS % ROWS
-    shift = index // (COLUMNS * ROWS) % SHIFTS
-    tap = index // (COLUMNS * ROWS) // SHIFTS
+    k = index // COLUMNS % LENGTH
+    o = k % ROWS
+    shift = k // ROWS
+    tap = index // COLUMNS // LENGTH
     c = column % PIXEL
     r = column // PIXEL
     kw = r - STRIDE_W * (shift + FIRST_SHIFT)
@@ -367,6 +368,7 @@ def input_gradient(
     SHIFTS: tl.constexpr,
     FIRST_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -387,17 +389,16 @@ def input_gradient(
         for kh in range(first_h, tl.minimum(K_H, h + 1), stride_h):
             row_out = (n * frames_out + (t - kt) // stride_t) * height_out + (h - kh) // stride_h
             source = g + row_out.to(tl.int64) * width_out * C_OUT
-            filters = weight + (kt * K_H + kh) * (SHIFTS * ROWS * COLUMNS)
-            for shift in range(SHIFTS):
-                w_out = RUN // STRIDE_W * run + shift + FIRST_SHIFT
-                met = (w_out >= 0) & (w_out < width_out)
-                for first in range(0, C_OUT, BLOCK_K):
-                    o = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-                    mask = met[:, None] & (o < C_OUT)[None, :]
-                    offsets = w_out[:, None] * C_OUT + o[None, :]
-                    a = tl.load(source + tl.where(mask, offsets, 0), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
-                    b = tl.load(filters + (shift * ROWS + o)[:, None] * COLUMNS + column[None, :])
-                    accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            filters = weight + (kt * K_H + kh) * (LENGTH * COLUMNS)
+            for first in range(0, LENGTH, BLOCK_K):
+                k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+                o = k % ROWS
+                shift = k // ROWS
+                w_out = (RUN // STRIDE_W * run)[:, None] + (shift + FIRST_SHIFT)[None, :]  # [BLOCK_M, BLOCK_K]
+                mask = (w_out >= 0) & (w_out < width_out) & ((o < C_OUT) & (shift < SHIFTS))[None, :]
+                a = tl.load(source + tl.where(mask, w_out * C_OUT + o[None, :], 0), mask=mask, other=0.0)
+                b = tl.load(filters + k[:, None] * COLUMNS + column[None, :])  # [BLOCK_K, COLUMNS]
+                accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
     c = column % PIXEL
     r = column // PIXEL
     w = run[:, None] * RUN + r[None, :] - pad_w  # [BLOCK_M, COLUMNS]

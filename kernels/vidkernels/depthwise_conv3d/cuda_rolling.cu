@@ -63,6 +63,13 @@ __device__ constexpr bool frame_used(int f) {
     return false;
 }
 
+// From frame `f` of a step to the next frame that is used.
+__device__ constexpr int frames_ahead(int f) {
+    int ahead = 1;
+    while (!frame_used((f + ahead) % IN_STEP)) ++ahead;
+    return ahead;
+}
+
 // VECTOR scalars as one word of memory. Words, not scalars, are what predicated loads zero and registers hold.
 template <int bytes> struct Bits;
 template <> struct Bits<2> { using type = unsigned short; };
@@ -77,27 +84,24 @@ __device__ inline void round_to(float& y, float x) { y = x; }
 __device__ inline void round_to(__half& y, float x) { y = __float2half_rn(x); }
 __device__ inline void round_to(__nv_bfloat16& y, float x) { y = __float2bfloat16_rn(x); }
 
-__device__ inline void unpack(uint2 word, float (&x)[2]) {
+__device__ inline void unpack(uint2 word, float (&x)[2], float) {
     x[0] = __uint_as_float(word.x);
     x[1] = __uint_as_float(word.y);
 }
-__device__ inline void unpack(unsigned word, float (&x)[1]) { x[0] = __uint_as_float(word); }
-__device__ inline void unpack(unsigned short word, float (&x)[1]) {
-    SCALAR scalar;
-    memcpy(&scalar, &word, sizeof(word));
-    x[0] = widened(scalar);
+__device__ inline void unpack(unsigned word, float (&x)[1], float) { x[0] = __uint_as_float(word); }
+__device__ inline void unpack(unsigned word, float (&x)[2], __half) {
+    const float2 both = __half22float2(reinterpret_cast<const __half2&>(word));
+    x[0] = both.x;
+    x[1] = both.y;
 }
-__device__ inline void unpack(unsigned word, float (&x)[2]) {
-    SCALAR scalars[2];
-    memcpy(scalars, &word, sizeof(word));
-    x[0] = widened(scalars[0]);
-    x[1] = widened(scalars[1]);
+__device__ inline void unpack(unsigned word, float (&x)[2], __nv_bfloat16) {
+    // The upper half of a float; CUDA's own conversion takes an instruction more.
+    x[0] = __uint_as_float(word << 16);
+    x[1] = __uint_as_float(word & 0xffff0000u);
 }
-
-__device__ inline Word load(const SCALAR* p, bool valid) {
-    Word word{};
-    if (valid) word = *reinterpret_cast<const Word*>(p);
-    return word;
+template <class T>
+__device__ inline void unpack(unsigned short word, float (&x)[1], T) {
+    x[0] = widened(reinterpret_cast<const T&>(word));
 }
 
 __device__ inline void store(SCALAR* p, const float (&y)[VECTOR]) {
@@ -137,7 +141,8 @@ struct Place {
     long long clip;
     bool active;
     int offset[KH];  // of the rows in a source frame
-    unsigned columns[KH];
+    unsigned columns;
+    unsigned rows;
 
     __device__ inline Place(const Sizes& s, const Tiling& g, int lane_tile, long long tile) {
         const int lane = threadIdx.x % g.lanes, group = threadIdx.x / g.lanes;
@@ -153,16 +158,16 @@ struct Place {
         active = group < g.strips * g.rows && channel < CHANNELS && row < s.result_h;
 
         const int left = TRANSPOSED ? (column + s.pad_w) / SW - LEFT : column * SW - s.pad_w;
-        unsigned inside = 0;
+        columns = rows = 0;
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c) inside |= unsigned(left + c >= 0 && left + c < s.source_w) << c;
+        for (int c = 0; c < COLUMNS; ++c) columns |= unsigned(left + c >= 0 && left + c < s.source_w) << c;
 #pragma unroll
         for (int kh = 0; kh < KH; ++kh) {
             const int shifted = TRANSPOSED ? row + s.pad_h - kh * DH : row * SH - s.pad_h + kh * DH;
             const int source_row = TRANSPOSED ? shifted / SH : shifted;
             const bool meets = shifted >= 0 && source_row < s.source_h && (!TRANSPOSED || shifted % SH == 0);
-            columns[kh] = active && meets ? inside : 0;
-            offset[kh] = columns[kh] ? (source_row * s.source_w + left) * CHANNELS : 0;
+            rows |= unsigned(meets) << kh;
+            offset[kh] = meets ? (source_row * s.source_w + left) * CHANNELS : 0;
         }
     }
 
@@ -174,10 +179,93 @@ struct Place {
         return active ? inside : 0;
     }
 
-    __device__ inline void read(const SCALAR* frame, int kh, float (&x)[COLUMNS][VECTOR]) const {
+    __device__ __forceinline__ void read(const SCALAR* frame, Word (&words)[KH][COLUMNS]) const {
 #pragma unroll
-        for (int c = 0; c < COLUMNS; ++c)
-            if (column_used(c)) unpack(load(frame + offset[kh] + c * CHANNELS, columns[kh] >> c & 1), x[c]);
+        for (int kh = 0; kh < KH; ++kh) {
+            const SCALAR* const row = frame + offset[kh];
+            const unsigned valid = rows >> kh & 1 ? columns : 0;
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c) {
+                words[kh][c] = Word{};
+                if (column_used(c) && valid >> c & 1) words[kh][c] = *reinterpret_cast<const Word*>(row + c * CHANNELS);
+            }
+        }
+    }
+};
+
+// A thread's walk. The open results are a ring: result q of a step lies in slot (q + PHASE · OUT_STEP) % OPEN, and
+// the phases, which come round after OPEN steps, are code of their own: registers have no run-time index.
+struct Walk {
+    Place place;
+    float weight[KT][KH][KW][VECTOR];
+    float start[VECTOR];
+    float sum[OPEN][STRIP][VECTOR];
+    const SCALAR* frame;
+    SCALAR* strip;
+    long long source_frame, result_frame;
+    int step, end;
+    int t, frames;  // the source frame, and where the last one ends
+    int u;          // the result that the step completes
+    unsigned results;
+
+    template <int PHASE>
+    __device__ __forceinline__ void advance() {
+#pragma unroll
+        for (int f = 0; f < IN_STEP; ++f) {
+            if (frame_used(f) && t >= 0 && t < frames) add<PHASE>(f);
+            ++t;
+            frame += source_frame;
+        }
+#pragma unroll
+        for (int e = 0; e < OUT_STEP; ++e) {
+            const int slot = (e + PHASE * OUT_STEP) % OPEN;
+            const unsigned stored = u >= place.first && u < place.last ? results : 0;
+#pragma unroll
+            for (int j = 0; j < STRIP; ++j) {
+                float y[VECTOR];
+#pragma unroll
+                for (int v = 0; v < VECTOR; ++v) {
+                    y[v] = activated(sum[slot][j][v]);
+                    sum[slot][j][v] = start[v];
+                }
+                if (stored >> j & 1) store(strip + j * CHANNELS, y);
+            }
+            ++u;
+            strip += result_frame;
+        }
+        ++step;
+    }
+
+    template <int PHASE>
+    __device__ __forceinline__ void add(int f) {
+        Word words[KH][COLUMNS];
+        place.read(frame, words);
+#pragma unroll
+        for (int kh = 0; kh < KH; ++kh) {
+            float x[COLUMNS][VECTOR];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+                if (column_used(c)) unpack(words[kh][c], x[c], SCALAR{});
+#pragma unroll
+            for (int q = 0; q < OPEN; ++q) {
+                const int kt = tap_of(f, q), slot = (q + PHASE * OUT_STEP) % OPEN;
+                if (kt < 0) continue;
+#pragma unroll
+                for (int i = 0; i < KW * STRIP * VECTOR; ++i) {
+                    const int kw = i / (STRIP * VECTOR), j = i / VECTOR % STRIP, v = i % VECTOR, c = column_of(j, kw);
+                    if (c >= 0) sum[slot][j][v] += weight[kt][kh][kw][v] * x[c][v];
+                }
+            }
+        }
+    }
+
+    template <int PHASE>
+    __device__ __forceinline__ void round() {
+        if constexpr (PHASE < OPEN) {
+            if (step >= end) return;
+            advance<PHASE>();
+            round<PHASE + 1>();
+        }
     }
 };
 
@@ -193,70 +281,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) walk(
     for (int i = threadIdx.x; i < held * TAPS; i += blockDim.x) taps[i % TAPS][i / TAPS] = widened(weight[base * TAPS + i]);
     __syncthreads();
 
-    const Place p(s, g, lane_tile, blockIdx.x / g.lane_tiles);
+    Walk w{Place(s, g, lane_tile, blockIdx.x / g.lane_tiles)};
+    const Place& p = w.place;
     if (!p.active) return;
-    float w[KT][KH][KW][VECTOR];
 #pragma unroll
-    for (int tap = 0; tap < TAPS; ++tap)
+    for (int i = 0; i < TAPS * VECTOR; ++i)
+        w.weight[i / (VECTOR * KW * KH)][i / (VECTOR * KW) % KH][i / VECTOR % KW][i % VECTOR] =
+            taps[i / VECTOR][p.channel - base + i % VECTOR];
 #pragma unroll
-        for (int v = 0; v < VECTOR; ++v)
-            w[tap / (KH * KW)][tap / KW % KH][tap % KW][v] = taps[tap][p.channel - base + v];
-    float start[VECTOR];
-#pragma unroll
-    for (int v = 0; v < VECTOR; ++v) start[v] = bias ? widened(bias[p.channel + v]) : 0.0f;
-    // A ring: open result q of a step lies in slot (q + step · OUT_STEP) % OPEN, and the loop is unrolled by OPEN.
-    float sum[OPEN][STRIP][VECTOR];
+    for (int v = 0; v < VECTOR; ++v) w.start[v] = bias ? widened(bias[p.channel + v]) : 0.0f;
 #pragma unroll
     for (int i = 0; i < OPEN * STRIP * VECTOR; ++i)
-        sum[i / (STRIP * VECTOR)][i / VECTOR % STRIP][i % VECTOR] = start[i % VECTOR];
+        w.sum[i / (STRIP * VECTOR)][i / VECTOR % STRIP][i % VECTOR] = w.start[i % VECTOR];
 
-    const unsigned results = p.results(s);
-    const long long source_frame = (long long)s.source_h * s.source_w * CHANNELS;
-    const long long result_frame = (long long)s.result_h * s.result_w * CHANNELS;
     // The first step is the first that adds to the first result; the last one completes the last.
-    int step = TRANSPOSED ? divided_down(p.first + s.pad_t - (SPAN - 1), ST) : p.first - (OPEN - 1);
-    const int end = TRANSPOSED ? (p.last - 1 + s.pad_t) / ST + 1 : p.last;
-    int t = TRANSPOSED ? step : step * ST + SPAN - ST - s.pad_t;
-    const SCALAR* frame = source + (p.clip * s.source_t + t) * source_frame + p.channel;
-    int u = TRANSPOSED ? step * ST - s.pad_t : step;
-    SCALAR* strip = result + (p.clip * s.result_t + u) * result_frame
-                    + (long long)(p.row * s.result_w + p.column) * CHANNELS + p.channel;
-    while (true) {
-#pragma unroll
-        for (int phase = 0; phase < OPEN; ++phase) {
-            if (step++ >= end) return;
-#pragma unroll
-            for (int f = 0; f < IN_STEP; ++f, ++t, frame += source_frame) {
-                if (!frame_used(f) || t < 0 || t >= s.source_t) continue;
-#pragma unroll
-                for (int kh = 0; kh < KH; ++kh) {
-                    float x[COLUMNS][VECTOR];
-                    p.read(frame, kh, x);
-#pragma unroll
-                    for (int q = 0; q < OPEN; ++q) {
-                        if (tap_of(f, q) < 0) continue;
-#pragma unroll
-                        for (int i = 0; i < KW * STRIP * VECTOR; ++i) {
-                            const int kw = i / (STRIP * VECTOR), j = i / VECTOR % STRIP, v = i % VECTOR;
-                            if (column_of(j, kw) >= 0)
-                                sum[(q + phase * OUT_STEP) % OPEN][j][v] +=
-                                    w[tap_of(f, q)][kh][kw][v] * x[column_of(j, kw)][v];
-                        }
-                    }
-                }
-            }
-#pragma unroll
-            for (int e = 0; e < OUT_STEP; ++e, ++u, strip += result_frame) {
-                const int slot = (e + phase * OUT_STEP) % OPEN;
-#pragma unroll
-                for (int j = 0; j < STRIP; ++j) {
-#pragma unroll
-                    for (int v = 0; v < VECTOR; ++v) sum[slot][j][v] = activated(sum[slot][j][v]);
-                    if (u >= p.first && u < p.last && results >> j & 1) store(strip + j * CHANNELS, sum[slot][j]);
-#pragma unroll
-                    for (int v = 0; v < VECTOR; ++v) sum[slot][j][v] = start[v];
-                }
-            }
-        }
-    }
+    w.step = TRANSPOSED ? divided_down(p.first + s.pad_t - (SPAN - 1), ST) : p.first - (OPEN - 1);
+    w.end = TRANSPOSED ? (p.last - 1 + s.pad_t) / ST + 1 : p.last;
+    w.t = TRANSPOSED ? w.step : w.step * ST + SPAN - ST - s.pad_t;
+    w.u = TRANSPOSED ? w.step * ST - s.pad_t : w.step;
+    w.frames = s.source_t;
+    w.results = p.results(s);
+    w.source_frame = (long long)s.source_h * s.source_w * CHANNELS;
+    w.result_frame = (long long)s.result_h * s.result_w * CHANNELS;
+    w.frame = source + (p.clip * s.source_t + w.t) * w.source_frame + p.channel;
+    w.strip = result + (p.clip * s.result_t + w.u) * w.result_frame
+              + (long long)(p.row * s.result_w + p.column) * CHANNELS + p.channel;
+    while (w.step < w.end) w.round<0>();
 }
