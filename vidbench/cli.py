@@ -155,6 +155,43 @@ def report(
         typer.launch(str(page))
 
 
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Option(metavar="NAME[,NAME…]", help="Whose layers: c3d, i3d_rgb, r2plus1d_18, x3d_m, temporal.")
+    ] = "c3d,i3d_rgb,r2plus1d_18,x3d_m,temporal",
+    op: Annotated[str | None, typer.Option(metavar="NAME[,NAME…]", help="Only the layers of these ops.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Several with commas; default: cpu fp32, cuda bf16.")] = None,
+    mode: Annotated[str, typer.Option(help="forward, train, or both with a comma.")] = "forward,train",
+    batch_size: Annotated[int, typer.Option(min=1, help="Clips in a batch.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="TABLE", help="JSON file; default: this device's in the cache folder.")
+    ] = None,
+) -> None:
+    """Measure this machine's fastest launches and implementations, for `implementation="auto"`.
+
+    What the table holds already is passed over: remove the file to measure anew.
+    """
+    from vidbench.weigh import RequestedLayers, table_of, tune_machine
+
+    table = out or table_of(device)
+    chosen = RequestedLayers(
+        models=tuple(model.split(",")),
+        ops=tuple(op.split(",")) if op else (),
+        dtypes=tuple((dtype or ("fp32" if device == "cpu" else "bf16")).split(",")),
+        directions=tuple(mode.split(",")),
+        batch_size=batch_size,
+    )
+    try:
+        for line in tune_machine(chosen, device, table):
+            typer.echo(line)
+    except KeyboardInterrupt:
+        typer.echo(f"vidbench: interrupted; {table} keeps what was found: the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(str(table))
+
+
 @app.command("list")
 def list_(
     topic: Annotated[Topic, typer.Argument(help="What to list.")] = Topic.suites,

@@ -10,7 +10,7 @@ from pathlib import Path
 # Asking for a device must not open it: the workers are forked, and each opens its own.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
-from bench.gpu.call import SHARES, Call
+from bench.gpu.plan import SHARES
 from bench.gpu.session import SUMMARY, Session
 
 UNREACHED = 3
@@ -34,6 +34,8 @@ def main() -> int:
     for part in parts:
         if part not in SHARES:
             parser.error(f"unknown part {part!r}: known: {', '.join(SHARES)}")
+    from bench.gpu.call import Call  # takes seconds: after what is asked for has been understood
+
     session = Session(given.out, 60 * given.minutes, given.resume)
     try:
         reached = Call(session, device=given.device, smoke=given.smoke, only=given.only).carry_out(parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import check, plan
+from bench.gpu.plan import SHARES
 from bench.gpu.pool import Unit, run
 from bench.gpu.session import FINAL, Session
 from bench.gpu.summary import summary
@@ -20,16 +21,15 @@ from vidbench.layers import Layer
 from vidbench.tune import PEERS, case_of
 from vidkernels import OPS, choosing, tuning
 
-SHARES = {"check": 35, "sanitize": 10, "baselines": 25, "kernels": 30, "tune": 20, "models": 10}
-"""Of the time that is left, against those of the parts still to come; in the order in which they come."""
-
 COMPILERS, SANITIZERS = 14, 4
 """Processes at once, on 16 cores."""
 
 CHUNK = 24
 """Units that are compiled together before they are timed one by one."""
 
-COMPILING_S = 45.0
+COMPILING_S, COMPILING_SHARE = 45.0, 0.6
+"""For compiling a chunk, thrice as long where every configuration is; and at most this share of what is left."""
+
 ENVIRONMENT_S = 90.0
 TABLES = Path(tempfile.gettempdir()) / "vidbench-gpu-cache"
 """Cubins and tables: left where they are for the next call on the same machine."""
@@ -124,7 +124,9 @@ class Call:
             )
             for look in dict.fromkeys(looks)
         ]  # fmt: skip
-        self._run("sanitize", units[:2] if self.smoke else units, deadline, processes=SANITIZERS)
+        if self.smoke:
+            units = [unit for unit in units if unit.values["op"] == plan.SMOKE_LAYERS[0].op][:2]
+        self._run("sanitize", units, deadline, processes=SANITIZERS)
 
     def _layers(self, deadline: float) -> None:
         """Baselines and kernels of every layer, a chunk at a time: compiled in parallel, timed alone."""
@@ -193,7 +195,7 @@ class Call:
         todo = self._todo(part, units)
         for start in range(0, len(todo), CHUNK):
             chunk = todo[start : start + CHUNK]
-            if time.monotonic() < deadline and self.device == "cuda":
+            if time.monotonic() < deadline and self.device == "cuda" and (every or self.ways != "baselines"):
                 ahead = [
                     dataclasses.replace(
                         unit,
@@ -204,7 +206,8 @@ class Call:
                     for op, name in self._custom()
                     if op == unit.values["op"] and unit.values.get("implementation", name) == name
                 ]
-                until = min(deadline, time.monotonic() + COMPILING_S)
+                now = time.monotonic()
+                until = now + min(COMPILING_S * (3 if every else 1), COMPILING_SHARE * (deadline - now))
                 run(ahead, lambda *_: None, processes=COMPILERS, deadline=until, log=self.log)
             self._run(part, chunk, deadline, processes=1)
 

@@ -32,6 +32,7 @@ def check(session: Session, deadline: float, *, device: str, only: str, smoke: b
         "VIDBENCH_GPU_DONE": str(done),
         "VIDBENCH_GPU_DTYPES": ",".join(plan.DTYPES),
         "VIDBENCH_GPU_ONLY": only,
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # the processes are many already
     }
     with (session.raw / "check.log").open("a") as log:
         process = subprocess.Popen(
@@ -62,7 +63,7 @@ def arguments(device: str, smoke: bool) -> Sequence[str]:
     if smoke:
         tests = "tests/vidkernels/test_contract.py"
         return [*common, "-m", "not slow and not gpu", "-k", SMOKE, tests]
-    workers = ["-n", str(PROCESSES), "--max-worker-restart", "60", "--dist", "load"]
+    workers = ["-n", str(PROCESSES), "--max-worker-restart", "60", "--dist", "loadgroup"]
     marks = "gpu and not slow" if device == "cuda" else "not gpu and not slow"
     return [*common, *workers, "-m", marks, "tests/vidkernels"]
 

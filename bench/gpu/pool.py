@@ -6,6 +6,7 @@ The processes are forked from one that has torch imported and no device touched,
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -148,9 +149,10 @@ BROKEN = 77
 def _serve(connection: Any, others: Any, log: Path) -> None:
     others.close()
     os.setpgid(0, 0)
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    sys.stdout = sys.stderr = log.open("a")
+    for fd in (1, 2):  # what is not Python's prints too
+        os.dup2(sys.stdout.fileno(), fd)
+    faulthandler.enable(sys.stdout, all_threads=False)
     while True:
         try:
             unit: Unit = connection.recv()
@@ -168,7 +170,6 @@ def _serve(connection: Any, others: Any, log: Path) -> None:
             connection.send(("row", {"status": "crashed" if broken else "failed", "reason": reason}))
             status = BROKEN if broken else 0
         sys.stdout.flush()
-        sys.stderr.flush()
         if status:
             os._exit(status)
         connection.send(("end", None))

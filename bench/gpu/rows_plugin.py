@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     known = set(done.read_text().splitlines()) if done.is_file() else set()
     order = os.environ.get("VIDBENCH_GPU_DTYPES", "").split(",")
     only = re.compile(os.environ.get("VIDBENCH_GPU_ONLY", ""))
-    kept = [item for item in items if item.nodeid not in known and only.search(item.nodeid)]
+    kept = [item for item in items if _unit(item) not in known and only.search(item.nodeid)]
     taken = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
 
@@ -86,7 +86,7 @@ def _write(item: pytest.Item, status: str, reason: str, seconds: float) -> None:
     values = _parameters(item)
     training = values.get("training", values.get("direction", ""))
     row = {
-        "unit": item.nodeid,
+        "unit": _unit(item),
         "status": status,
         "reason": reason,
         "op": values.get("op_name", ""),
@@ -99,6 +99,12 @@ def _write(item: pytest.Item, status: str, reason: str, seconds: float) -> None:
     }
     with open(os.environ["VIDBENCH_GPU_ROWS"], "a") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")  # one write: lines of several workers do not mix
+
+
+def _unit(item: pytest.Item) -> str:
+    """A test's name, without the group that pytest-xdist appends."""
+    group = item.get_closest_marker("xdist_group")
+    return item.nodeid.removesuffix(f"@{group.args[0]}") if group else item.nodeid
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -168,6 +168,13 @@ def generation() -> int:
     return _state.generation
 
 
+def entries(path: Path, section: str, name: str) -> dict[str, Any]:
+    """What a table's file holds in one section of one kernel or op; nothing where there is no file."""
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = known.get(section, {}).get(name, {})
+    return found
+
+
 def extend(path: Path, section: str, name: str, entries: Mapping[str, Any]) -> None:
     """Adds entries to a table's file, whole or not at all."""
     known = json.loads(path.read_text()) if path.is_file() else {}

@@ -168,7 +168,8 @@ def _library(kernel: str, macros: tuple[tuple[str, int | str], ...]) -> Any:
     text = _STATIC.sub(r"static \1\2_names\3; auto& \2 = host_cuda::static_shared(\2_names);", text)
     unit = f"""#line 1 "{name}"
 {text}
-extern "C" const char* vidkernels_launch(host_cuda::Argument* arguments, unsigned count, const host_cuda::Launch* how) {{
+using namespace host_cuda;
+extern "C" const char* vidkernels_launch(Argument* arguments, unsigned count, const Launch* how) {{
     return host_cuda::launch({entry}, *how, arguments, count);
 }}
 """

@@ -68,7 +68,8 @@ extern "C" __global__ void ranks(int* y) {
 #if BARRIERS
     host_cuda::cluster_wait();
 #endif
-    for (unsigned i = threadIdx.x; i < CLUSTER; i += blockDim.x) y[blockIdx.x * CLUSTER + i] = seen[i] + 100 * (own != rank);
+    const int wrong = 100 * (own != rank);
+    for (unsigned i = threadIdx.x; i < CLUSTER; i += blockDim.x) y[blockIdx.x * CLUSTER + i] = seen[i] + wrong;
 }
 """
 

@@ -32,10 +32,37 @@ class Tiles(NamedTuple):
     count: int
     """Tiles in all."""
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """What `phased_rows` takes of it."""
+        return self.spread, self.per_phase, self.block_p, self.block_q
 
-def flat_tiles(batch: int, frames: int, block_m: int) -> Tiles:
-    """Tiles of block_m successive frames, for one convolution by itself: every frame is a phase of its own."""
-    return Tiles(max(frames, 1), 1, block_m, 1, -(-batch * frames // block_m))
+
+def phased_tiles(batch: int, frames: int, dilation: int, halo: int, block_m: int) -> Tiles | None:
+    """The fewest tiles of block_m frames, by phases of t mod dilation; None where the halo fills them.
+
+    Args:
+        halo: Frames of a phase that a tile shares with the one before.
+    """
+    length = -(-frames // dilation)
+    best: Tiles | None = None
+    block_q = block_m
+    while block_q:
+        block_p = block_m // block_q
+        if length <= block_q or halo < block_q:
+            per_phase = 1 if length <= block_q else 1 + -(-(length - block_q) // (block_q - halo))
+            count = -(-batch * dilation // block_p) * per_phase
+            if best is None or count < best.count:
+                best = Tiles(dilation, per_phase, block_p, block_q, count)
+        block_q //= 2
+    return best
+
+
+def apart(batch: int, frames: int, dilation: int, block_m: int) -> Tiles:
+    """`phased_tiles` without a halo, for one convolution by itself."""
+    tiles = phased_tiles(batch, frames, dilation, 0, block_m)
+    assert tiles is not None
+    return tiles
 
 
 def padded(channels: int) -> int:
@@ -58,20 +85,30 @@ def reach(dilation: int, frames: int) -> int:
     return max(1, min(dilation, frames))
 
 
-def tile_candidates(rows: int, outs: int, depth: int, dtype: str, gpu: Gpu) -> list[dict[str, int]]:
-    """Tiles of a convolution's matrix products, the fastest by estimate first.
+LOOP_CLOCKS, LAUNCH_CLOCKS = 1000, 2500
+"""Estimates of what it takes to fill a pipeline of loads, and to start another kernel."""
+
+
+def tile_clocks(config: dict[str, int], taps: int, depth: int) -> int:
+    """Estimated clocks of one tile of products, for the order of configurations alone: L2 bandwidth counts most."""
+    m, n = config["BLOCK_M"], config["BLOCK_N"]
+    return LOOP_CLOCKS + taps * depth * (m * n // 16 + 4 * (m + n)) // 128
+
+
+def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: bool) -> list[dict[str, int]]:
+    """Tiles of a convolution's matrix products.
 
     Args:
-        rows: Frames of all clips.
         outs: Columns.
         depth: Channels that are summed over.
         dtype: As in `key_dtype`.
+        aligned: Rows of features begin at multiples of 16 bytes; others are loaded element by element.
     """
     if dtype in ("fp16", "bf16"):
-        shapes = ((128, 128, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
-        inner, item = 64, 2
+        shapes = ((128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
+        inner, item = 64 if aligned else 32, 2
     elif dtype == "tf32":
-        shapes = ((128, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3))
+        shapes = ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3))
         inner, item = 32, 4
     else:
         # Without matrix instructions every product passes through registers.
@@ -89,13 +126,7 @@ def tile_candidates(rows: int, outs: int, depth: int, dtype: str, gpu: Gpu) -> l
         shared = stages * item * (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"]
         if shared <= gpu.shared_bytes:
             found.setdefault(tuple(config.values())[:3], config)
-
-    def cost(config: dict[str, int]) -> float:
-        m, n = config["BLOCK_M"], config["BLOCK_N"]
-        waves = -(-(-(-rows // m) * -(-outs // n)) // gpu.processors)
-        return waves * (m * n / 64 + m + n)
-
-    return sorted(found.values(), key=cost)
+    return list(found.values())
 
 
 class Split(NamedTuple):
@@ -114,10 +145,12 @@ def split_rows(rows: int, programs: int, block_r: int, gpu: Gpu) -> Split:
     return Split(-(-blocks // per_split) if blocks else 0, per_split * block_r)
 
 
-def gradient_candidates(outs: int, ins: int, dtype: str) -> list[dict[str, int]]:
-    """Tiles of a filter gradient."""
+def gradient_candidates(outs: int, ins: int, dtype: str, *, aligned: bool) -> list[dict[str, int]]:
+    """Tiles of a filter gradient; arguments as of `tile_candidates`."""
     if dtype in ("fp16", "bf16"):
         shapes = ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 32, 64, 4, 4))
+        if not aligned:
+            shapes = ((64, 64, 64, 8, 2), (32, 32, 64, 4, 2))
     elif dtype == "tf32":
         shapes = ((64, 64, 32, 4, 3), (32, 32, 64, 4, 3))
     else:
@@ -193,20 +226,23 @@ def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, outs: int, dilation: in
     strides, depth = (padded_outs * padded_ins, 1, padded_ins), padded_ins
     if mirror:
         strides, depth, padded_outs = (padded_outs * padded_ins, padded_ins, 1), padded_outs, padded_ins
-    gpu, dtype = launch.gpu_of(x), key_dtype(x)
-    candidates = tile_candidates(batch * frames, padded_outs, depth, dtype, gpu)
+    gpu, dtype, dilation = launch.gpu_of(x), key_dtype(x), reach(dilation, frames)
+    candidates = tile_candidates(padded_outs, depth, dtype, gpu, aligned=width % 8 == 0)
+
+    def clocks(config: dict[str, int]) -> int:
+        tiles = apart(batch, frames, dilation, config["BLOCK_M"]).count * -(-outs // config["BLOCK_N"])
+        return -(-tiles // gpu.processors) * tile_clocks(config, taps, depth)
+
     direction = "input_gradient" if mirror else "forward"
     key = tuning.Key(dtype, (width, outs), (taps,), batch * frames)
-    config = dict(tuning.pick(f"causal_conv1d/triton_phased/{direction}", key, candidates, gpu))
-    tiles = flat_tiles(batch, frames, config.pop("BLOCK_M"))
+    config = dict(tuning.pick(f"causal_conv1d/triton_phased/{direction}", key, sorted(candidates, key=clocks), gpu))
+    tiles = apart(batch, frames, dilation, config["BLOCK_M"])
     y = x.new_empty(batch, frames, outs)
     launch.triton(
         f"{_KERNELS}:convolve",
         (tiles.count, -(-outs // config["BLOCK_N"])),
-        *(x, w, bias, y, batch, frames, tiles.spread, tiles.per_phase, taps, reach(dilation, frames)),
+        *(x, w, bias, y, batch, frames, *tiles.shape, taps, dilation),
         *(width, outs, *strides, depth, padded_outs),
-        BLOCK_P=tiles.block_p,
-        BLOCK_Q=tiles.block_q,
         MIRROR=mirror,
         PRECISION=launch.precision(x),
         **config,
@@ -238,7 +274,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, taps: int, dilation: int) -> tuple[T
     outs, rows = dy.shape[2], batch * frames
     gpu, dtype = launch.gpu_of(x), key_dtype(x)
     key = tuning.Key(dtype, (ins, outs), (taps,), rows)
-    candidates = gradient_candidates(outs, ins, dtype)
+    candidates = gradient_candidates(outs, ins, dtype, aligned=outs % 8 == 0 and ins % 8 == 0)
     config = dict(tuning.pick("causal_conv1d/triton_phased/weight_gradient", key, candidates, gpu))
     programs = taps * -(-padded(outs) // config["BLOCK_O"]) * -(-padded(ins) // config["BLOCK_C"])
     splits, chunk = split_rows(rows, programs, config["BLOCK_R"], gpu)
@@ -285,7 +321,7 @@ _forward.register_autograd(_backward, setup_context=_setup)
 
 def step_tiles(rows: int, size: int, item_bytes: int) -> dict[str, int]:
     """Tiles of one step: narrow ones, so that every processor reads a share of the filters."""
-    block_k = min(256 if item_bytes == 2 else 128, power_of_2(size))
+    block_k = min(128 if item_bytes == 2 else 64, power_of_2(size))
     return {"BLOCK_M": 16 if rows <= 16 else 32, "BLOCK_N": 16, "BLOCK_K": block_k}
 
 
@@ -296,9 +332,7 @@ COPY = 1024
 @launch.custom_op(
     "causal_conv1d_phased_step(Tensor x, Tensor weight, Tensor? bias, Tensor? state, int dilation) -> (Tensor, Tensor)"
 )
-def _step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, dilation: int
-) -> tuple[Tensor, Tensor]:
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, dilation: int) -> tuple[Tensor, Tensor]:
     """New frames, (N, n, C_in), after the remembered ones, (N, (K−1)·d, C_in)."""
     batch, frames, ins = x.shape
     outs, _, taps = weight.shape
@@ -328,9 +362,13 @@ def step(
 
     One launch. Meant for inference: it has no gradient, and asking for one raises RuntimeError.
     """
-    x_t, weight, bias, state = launch.autocast(x_t, weight, bias, state) if state is not None else (
-        *launch.autocast(x_t, weight, bias),
-        None,
+    x_t, weight, bias, state = (
+        launch.autocast(x_t, weight, bias, state)
+        if state is not None
+        else (
+            *launch.autocast(x_t, weight, bias),
+            None,
+        )
     )
     same_dtype(x_t, weight, bias, state)
     no_gradient(x_t, weight, bias, state)

@@ -11,26 +11,25 @@ import triton.language as tl
 
 @triton.jit
 def phased_rows(
-    tile, batch, frames, spread, tiles, taps, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, MIRROR: tl.constexpr
+    tile, batch, frames, spread, tiles, halo, block_p, block_q, BLOCK_M: tl.constexpr, MIRROR: tl.constexpr
 ):
-    """The frames of a tile: BLOCK_Q successive ones of each of BLOCK_P phases, phases innermost.
+    """The frames of a tile: block_q successive ones of each of block_p phases, phases innermost.
 
     The phases of a clip are t mod spread; within one of them a convolution of dilation `spread` has dilation 1. All
-    clips' phases are numbered through. Where a phase takes several tiles, each begins with the last taps − 1 frames
-    of the one before it, which it does not own.
+    clips' phases are numbered through. Where a phase takes several tiles, each begins with the last `halo` frames of
+    the one before it, which it does not own.
 
     Returns:
         row, n·T + t in memory; t, in the direction of time; valid, within the clips; owned.
     """
-    m = tl.arange(0, BLOCK_P * BLOCK_Q)
-    p = m % BLOCK_P
-    q = m // BLOCK_P
+    m = tl.arange(0, BLOCK_M)
+    q = m // block_p
     part = tile % tiles
-    phase = tile // tiles * BLOCK_P + p
+    phase = tile // tiles * block_p + m % block_p
     clip = phase // spread
-    t = (part * (BLOCK_Q - taps + 1) + q) * spread + phase % spread
+    t = (part * (block_q - halo) + q) * spread + phase % spread
     valid = (clip < batch) & (t < frames)
-    owned = valid & ((part == 0) | (q >= taps - 1))
+    owned = valid & ((part == 0) | (q >= halo))
     place = frames - 1 - t if MIRROR else t
     # N·T·C passes 2³¹: rows are int64.
     row = clip.to(tl.int64) * frames + place
@@ -93,14 +92,19 @@ def accumulate(
         moved = tl.where(there, moved, 0)
         mask = there[:, None] & (inner < width)[None, :]
         narrow = within(inner, width)
-        left = tl.load(a + ((moved * width)[:, None] + narrow[None, :]), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        # Through L1: within a phase the next tap's frames are these, but for the last.
+        left = tl.load(
+            a + ((moved * width)[:, None] + narrow[None, :]), mask=mask, other=0.0, cache_modifier=".ca"
+        )  # [BLOCK_M, BLOCK_K]
         if GATE:
             gate = tl.load(gates + ((moved * gate_width)[:, None] + narrow[None, :]), mask=mask, other=0)
             left = tl.where((gate & GATE) != 0, left, 0.0)
         deep = inner < depth
         w_rows = tap * w_tap + within(inner, depth) * w_in
         mask = deep[:, None] & wide[None, :]
-        right = tl.load(w_rows[:, None] + w_cols[None, :], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
+        right = tl.load(
+            w_rows[:, None] + w_cols[None, :], mask=mask, other=0.0, cache_modifier=".ca"
+        )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         start += BLOCK_K
         last = start >= depth
@@ -109,7 +113,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["batch", "frames", "spread", "tiles", "taps", "dilation"])
+@triton.jit(do_not_specialize=["batch", "frames", "spread", "tiles", "block_p", "block_q", "taps", "dilation"])
 def convolve(
     x,
     w,
@@ -119,6 +123,8 @@ def convolve(
     frames,
     spread,
     tiles,
+    block_p,
+    block_q,
     taps,
     dilation,
     width,
@@ -128,8 +134,7 @@ def convolve(
     w_out,
     depth,
     padded_outs,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MIRROR: tl.constexpr,
@@ -140,10 +145,10 @@ def convolve(
     Grid: (tiles of rows, tiles of columns). `bias` is float32 of padded length, or None.
     """
     row, t, valid, owned = phased_rows(
-        tl.program_id(0), batch, frames, spread, tiles, taps, BLOCK_P, BLOCK_Q, MIRROR
+        tl.program_id(0), batch, frames, spread, tiles, 0, block_p, block_q, BLOCK_M, MIRROR
     )
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_P * BLOCK_Q, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = accumulate(
         acc, x, None, 0, row, t, valid, width, w, w_tap, w_in, w_out, depth, padded_outs, cols, taps, dilation,
         MIRROR, 0, BLOCK_K, PRECISION,
@@ -400,19 +405,23 @@ def step_tile(
     squares = tl.zeros([BLOCK_K, cols.shape[0]], tl.float32)
     wide = cols < outs
     v_cols = v + tl.where(wide, cols, 0) * size
+    new_clip = new + (clip * frames * ins)[:, None]
+    if state is not None:
+        # The end of the memory: frame −1 lies just before it.
+        state_clip = state + ((clip + 1) * past * ins)[:, None]
     for start in range(0, size, BLOCK_K):
         r = start + e
         inside = r < size
         c = tl.where(inside, r // taps, 0)
         at = frame[:, None] - ((taps - 1 - r % taps) * dilation)[None, :]  # [BLOCK_M, BLOCK_K]
+        offset = at * ins + c[None, :]
         mask = valid[:, None] & inside[None, :]
         fresh = mask & (at >= 0)
-        place = tl.where(fresh, (clip * frames)[:, None] + at, 0) * ins + c[None, :]
-        left = tl.load(new + place, mask=fresh, other=0.0)
+        left = tl.load(new_clip + tl.where(fresh, offset, 0), mask=fresh, other=0.0)
         if state is not None:
             remembered = mask & (at < 0)
-            place = tl.where(remembered, (clip * past)[:, None] + past + at, 0) * ins + c[None, :]
-            left = tl.where(fresh, left, tl.load(state + place, mask=remembered, other=0.0))
+            old = tl.load(state_clip + tl.where(remembered, offset, 0), mask=remembered, other=0.0)
+            left = tl.where(fresh, left, old)
         right = tl.load(
             v_cols[None, :] + tl.where(inside, r, 0)[:, None], mask=inside[:, None] & wide[None, :], other=0.0
         )
@@ -431,18 +440,25 @@ def step_tile(
 
 @triton.jit
 def remember(new, state, kept, program, batch, frames, past, width, BLOCK: tl.constexpr):
-    """The last `past` frames of the remembered and the new ones, into `kept`, (N, past, width)."""
+    """The last `past` frames of the remembered and the new ones, into `kept`, (N, past, width).
+
+    Without `new` the places of new frames are left to whoever makes them.
+    """
     e = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = e < batch.to(tl.int64) * past * width
     at = e // width % tl.maximum(past, 1) + frames - past
     clip = e // width // tl.maximum(past, 1)
-    fresh = mask & (at >= 0)
-    value = tl.load(new + tl.where(fresh, (clip * frames + at) * width + e % width, 0), mask=fresh, other=0.0)
+    value = tl.zeros([BLOCK], kept.dtype.element_ty)
     if state is not None:
         old = mask & (at < 0)
-        place = tl.where(old, (clip * past + past + at) * width + e % width, 0)
-        value = tl.where(fresh, value, tl.load(state + place, mask=old, other=0.0))
-    tl.store(kept + e, value, mask=mask)
+        value = tl.load(state + tl.where(old, (clip * past + past + at) * width + e % width, 0), mask=old, other=0.0)
+    if new is not None:
+        fresh = mask & (at >= 0)
+        place = tl.where(fresh, (clip * frames + at) * width + e % width, 0)
+        value = tl.where(fresh, tl.load(new + place, mask=fresh, other=0.0), value)
+        tl.store(kept + e, value, mask=mask)
+    else:
+        tl.store(kept + e, value, mask=mask & (at < 0))
 
 
 @triton.jit(do_not_specialize=["batch", "frames", "past", "taps", "dilation", "column_tiles"])

@@ -15,11 +15,12 @@ def _write_gradient(
     """One accumulator: through the ReLU, and the two sums over positions that batch norm's gradients are made of."""
     known = n < mid_channels
     inside = live[:, None] & known[None, :]
-    place = tl.where(inside, rows[:, None] + n[None, :], 0)
-    n = tl.where(known, n, 0)
+    place = rows[:, None] + n[None, :]
     value = tl.load(raw + place, mask=inside, other=0.0).to(tl.float32)
-    mean, rstd = tl.load(affine + n), tl.load(affine + mid_channels + n)
-    scale, shift = tl.load(affine + 2 * mid_channels + n), tl.load(affine + 3 * mid_channels + n)
+    mean = tl.load(affine + n, mask=known, other=0.0)
+    rstd = tl.load(affine + mid_channels + n, mask=known, other=0.0)
+    scale = tl.load(affine + 2 * mid_channels + n, mask=known, other=0.0)
+    shift = tl.load(affine + 3 * mid_channels + n, mask=known, other=0.0)
     passes = inside & (value * scale[None, :] + shift[None, :] > 0)
     grad = tl.where(passes, acc, 0.0)
     tl.store(gz + place, grad.to(gz.dtype.element_ty), mask=inside)

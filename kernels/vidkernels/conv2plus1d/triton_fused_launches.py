@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -97,7 +99,7 @@ def spatial(
     parts = _moments(x, tiles, pair.mid) if moments else None
     tensors = shift, mid, *(parts or (None,) * 3)
     sizes = pair.channels, pair.mid, *pair.sizes[1:], out_height, out_width, *pair.padding[1:]
-    constants = {
+    constants: dict[str, Any] = {
         "KERNEL_H": pair.kernel[1],
         "KERNEL_W": pair.kernel[2],
         "RELU": shift is not None,

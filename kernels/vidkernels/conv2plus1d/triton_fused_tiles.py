@@ -148,7 +148,9 @@ def sum_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
             padded = -(-pair.out_channels // block_m) * -(-pair.mid // (width + width2))
             cost = padded * (max(block_m * (width + width2) / 32, 2.5 * (block_m + width + width2)) + 100)
             if config := _staged(x, block_m, width, width2, block_k, gpu):
-                found.append((cost, config))
+                # Batch norm and ReLU of what is loaded take registers next to the accumulators.
+                warps = 8 if block_m * (width + width2) >= 64 * 96 else 4
+                found.append((cost, {**config, "num_warps": warps}))
     found.sort(key=lambda entry: entry[0])
     return [config for _, config in found[:_CANDIDATES]]
 

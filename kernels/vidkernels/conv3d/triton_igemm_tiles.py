@@ -72,7 +72,8 @@ def convolution_tiles(
         while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > gpu.shared_bytes - 4096:
             stages -= 1
         blocks = -(-rows // block_m) * -(-out_channels // (block_n + tail))
-        split = max(1, min(gpu.processors // max(blocks, 1), taps * -(-in_channels // block_k) // 4, 16))
+        # Adding the parts up is a launch of its own: each has to save some steps.
+        split = max(1, min(gpu.processors // max(blocks, 1), taps * -(-in_channels // block_k) // 16, 16))
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
         if boxed:
             config["TAIL"] = tail
@@ -88,21 +89,20 @@ def _convolution_shapes(
     """((BLOCK_N, TAIL), BLOCK_M, num_warps, num_stages), the best guess first."""
     if kind == "fp32":
         # Multiplied without matrix instructions: operands and sums all lie in registers.
-        narrow = power_of_two(out_channels, 16, 64)
-        yield (narrow, 0), 64, 4, 2
-        yield (min(narrow, 32), 0), 64, 4, 2
+        for most in (64, 32):
+            width = power_of_two(out_channels, 16, most)
+            yield (width, 0), 4096 // width, 4, 2
         return
     widths = _widths(out_channels, most=256 if gpu.capability >= 90 and kind != "tf32" else 128, tails=boxed)
     for block_n, tail in widths[:2]:
         wide = block_n + tail
-        few = -(-rows // 128) * -(-out_channels // wide) < gpu.processors
         if wide > 128 or gpu.capability < 90 and wide > 64 or kind == "tf32" and wide > 64:
             tiles = [(128, 8, 3), (64, 4, 3)]
         elif wide > 64:
             tiles = [(128, 8, 4), (128, 4, 4), (64, 4, 4)]
         else:
             tiles = [(128, 4, 4), (256, 8, 4), (64, 4, 4)]
-        if few:
+        if rows <= 64:
             tiles.sort()
         for block_m, warps, stages in tiles:
             if not (wide > 128 and warps == 4 and block_m * wide > 128 * 128):
@@ -148,7 +148,8 @@ def weight_tiles(
     kind = arithmetic(x)
     group = 3 if taps % 3 == 0 else 1
     if kind == "fp32":
-        shapes = [(32, 32, 32, 4, 2, group), (32, 32, 32, 4, 2, 1)]
+        rows, columns = power_of_two(out_channels, 16, 32), power_of_two(in_channels, 16, 32)
+        shapes = [(rows, columns, 32, 4, 2, group), (rows, columns, 32, 4, 2, 1)]
     else:
         depth = 64 if kind != "tf32" else 32
         rows, columns = power_of_two(out_channels, 16, 128), power_of_two(in_channels, 16, 128)
@@ -163,7 +164,7 @@ def weight_tiles(
             stages -= 1
         blocks = -(-taps // taken) * -(-in_channels // block_n) * -(-out_channels // block_m)
         # Two blocks for every processor, each with a few steps at least.
-        split = max(1, min(2 * gpu.processors // blocks, positions // (8 * block_k), 64))
+        split = max(1, min(2 * gpu.processors // blocks, positions // (16 * block_k), 64))
         config = {
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,

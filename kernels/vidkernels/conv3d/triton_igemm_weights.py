@@ -33,6 +33,8 @@ def weight_gradient(
     boxed = copied_as_boxes(gpu) and stride == (1, 1, 1)
     gw = x.new_empty((out_channels, *kernel_size, in_channels))
     taps, positions = prod(kernel_size), samples * t * h * w
+    if positions == 0:
+        return gw.zero_()
     candidates = weight_tiles(x, positions, in_channels, out_channels, taps, gpu)
     key = tuning.Key(arithmetic(x), (in_channels, out_channels), (*kernel_size, *stride), positions)
     config = tuning.pick("conv3d/triton_igemm/weight_gradient", key, candidates, gpu)

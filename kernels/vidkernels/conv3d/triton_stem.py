@@ -77,6 +77,11 @@ def _geometry(channels: int, sizes: Triple, kernel: Triple, stride: Triple, padd
     return _Geometry(channels, pixel, kernel, stride, out, group, window, columns, packed)
 
 
+def _sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The shape; torch.compile makes a graph for each, as launches depend on it."""
+    return tuple(int(size) for size in tensor.shape)
+
+
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
@@ -101,7 +106,7 @@ def _limits(case: Conv3dCase) -> str | None:
 
 def _packed_input(x: Tensor, geometry: _Geometry, padding: Triple) -> Tensor:
     """The clip as (N, T, H, elements of a row), zeros around it."""
-    n, c, t, h, w = x.shape
+    n, c, t, h, w = _sizes(x)
     frames, height, length = geometry.packed
     packed = x.new_empty((n, frames, height, length))
     rows = n * frames * height
@@ -141,9 +146,10 @@ def forward(
 ) -> Tensor:
     """y in (N, T', H', W', C_out), of x (N, C_in, T, H, W) in any strides and a residual laid out as y."""
     pad = triple(padding, "padding")
-    kernel = triple(weight.shape[2:], "kernel_size")
-    geometry = _geometry(x.shape[1], triple(x.shape[2:], "x"), kernel, triple(stride, "stride"), pad)
-    n, c_out = x.shape[0], weight.shape[0]
+    n, c, *sizes = _sizes(x)
+    c_out, _, *taps = _sizes(weight)
+    kernel = triple(taps, "kernel_size")
+    geometry = _geometry(c, triple(sizes, "x"), kernel, triple(stride, "stride"), pad)
     y = x.new_empty((n, *geometry.out, c_out))
     groups, width = geometry.groups(n), geometry.group * c_out
     gpu = launch.gpu_of(x)
@@ -160,7 +166,7 @@ def forward(
         weight.contiguous(),
         filters,
         C_OUT=c_out,
-        C_IN=x.shape[1],
+        C_IN=c,
         TAPS=kernel[0] * kernel[1],
         K_W=kernel[2],
         STRIDE_W=stride[2],
@@ -229,10 +235,10 @@ def _forward_candidates(
 )
 def weight_gradient(x: Tensor, g: Tensor, kernel_size: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """(C_out, C_in, kT, kH, kW) of x (N, C_in, T, H, W) and g (N, T', H', W', C_out): sums in float32, rounded once."""
-    pad, kernel = triple(padding, "padding"), triple(kernel_size, "kernel_size")
-    n, c = x.shape[:2]
-    geometry = _geometry(c, triple(x.shape[2:], "x"), kernel, triple(stride, "stride"), pad)
-    c_out = g.shape[4]
+    pad, kernel = triple(padding, "padding"), triple(map(int, kernel_size), "kernel_size")
+    n, c, *sizes = _sizes(x)
+    c_out = _sizes(g)[4]
+    geometry = _geometry(c, triple(sizes, "x"), kernel, triple(stride, "stride"), pad)
     groups, width, taps = geometry.groups(n), geometry.group * c_out, kernel[0] * kernel[1]
     length = taps * geometry.window
     gpu = launch.gpu_of(x)
@@ -305,9 +311,9 @@ def _gradient_candidates(x: Tensor, length: int, width: int, gpu: launch.Gpu) ->
 )
 def input_gradient(g: Tensor, weight: Tensor, sizes: list[int], stride: list[int], padding: list[int]) -> Tensor:
     """(N, T, H, W, C_in) of g (N, T', H', W', C_out); `sizes` are (T, H, W)."""
-    n, t_out, h_out, w_out, c_out = g.shape
-    c, (k_t, k_h, k_w) = weight.shape[1], triple(weight.shape[2:], "kernel_size")
-    t, h, w = sizes
+    n, t_out, h_out, w_out, c_out = _sizes(g)
+    _, c, k_t, k_h, k_w = _sizes(weight)
+    t, h, w = map(int, sizes)
     pixel = _power_of_2(c)
     # So many input positions are computed side by side that the matrix product has 16 columns at least.
     run = stride[2] * _quotient_up(16, pixel * stride[2])

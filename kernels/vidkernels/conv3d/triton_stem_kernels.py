@@ -16,6 +16,16 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _guarded(offsets, mask, C_OUT: tl.constexpr):
+    """Offsets with 0 where masked, still known to come in aligned runs where channels do.
+
+    A run is masked as a whole, as its length divides C_OUT; `tl.where` alone would lead to loads of single elements.
+    """
+    RUN: tl.constexpr = 8 if C_OUT % 8 == 0 else 4 if C_OUT % 4 == 0 else 2 if C_OUT % 2 == 0 else 1
+    return tl.max_contiguous(tl.multiple_of(tl.where(mask, offsets, 0), [1, RUN]), [1, RUN])
+
+
+@triton.jit
 def _position(m, columns, height, frames):
     """n, t, h of the output row, and the group within it, of flattened groups."""
     row = m // columns
@@ -188,7 +198,7 @@ def forward(
     if bias is not None:
         accumulator += tl.load(bias + column % C_OUT).to(tl.float32)[None, :]
     if residual is not None:
-        accumulator += tl.load(residual + tl.where(mask, offsets, 0), mask=mask, other=0.0).to(tl.float32)
+        accumulator += tl.load(residual + _guarded(offsets, mask, C_OUT), mask=mask, other=0.0).to(tl.float32)
     tl.store(y + offsets, _activated(accumulator, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
@@ -251,7 +261,7 @@ def weight_gradient(
         mask = column[None, :] < limit[:, None]
         offsets = ((row.to(tl.int64) * width_out + first) * C_OUT)[:, None] + column[None, :]
         a = tl.load(packed + start[:, None] + window[None, :])  # [BLOCK_M, BLOCK_J]
-        b = tl.load(g + tl.where(mask, offsets, 0), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
+        b = tl.load(g + _guarded(offsets, mask, C_OUT), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_N]
         accumulator = tl.dot(tl.trans(b), a, accumulator, input_precision=PRECISION)
     place = (split.to(tl.int64) * (GROUP * C_OUT) + column)[:, None] * n_all + j[None, :]
     tl.store(partial + place, accumulator, mask=(column < GROUP * C_OUT)[:, None] & (j < n_all)[None, :])
@@ -384,21 +394,36 @@ def input_gradient(
     # Output t' meets padded input t by tap kt = t − stride·t'; the taps that do are a stride apart.
     first_t = tl.maximum(t % stride_t, t - stride_t * (frames_out - 1))
     first_h = tl.maximum(h % stride_h, h - stride_h * (height_out - 1))
+    taps_t = tl.maximum(tl.minimum(K_T, t + 1) - first_t + stride_t - 1, 0) // stride_t
+    taps_h = tl.maximum(tl.minimum(K_H, h + 1) - first_h + stride_h - 1, 0) // stride_h
+    t_out = (t - first_t) // stride_t
+    h_out = (h - first_h) // stride_h
+    kt = first_t
+    kh = first_h
+    first = 0
     accumulator = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
-    for kt in range(first_t, tl.minimum(K_T, t + 1), stride_t):
-        for kh in range(first_h, tl.minimum(K_H, h + 1), stride_h):
-            row_out = (n * frames_out + (t - kt) // stride_t) * height_out + (h - kh) // stride_h
-            source = g + row_out.to(tl.int64) * width_out * C_OUT
-            filters = weight + (kt * K_H + kh) * (LENGTH * COLUMNS)
-            for first in range(0, LENGTH, BLOCK_K):
-                k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-                o = k % ROWS
-                shift = k // ROWS
-                w_out = (RUN // STRIDE_W * run)[:, None] + (shift + FIRST_SHIFT)[None, :]  # [BLOCK_M, BLOCK_K]
-                mask = (w_out >= 0) & (w_out < width_out) & ((o < C_OUT) & (shift < SHIFTS))[None, :]
-                a = tl.load(source + tl.where(mask, w_out * C_OUT + o[None, :], 0), mask=mask, other=0.0)
-                b = tl.load(filters + k[:, None] * COLUMNS + column[None, :])  # [BLOCK_K, COLUMNS]
-                accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    for _ in range(taps_t * taps_h * (LENGTH // BLOCK_K)):
+        k = first + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        o = k % ROWS
+        shift = k // ROWS
+        w_out = (RUN // STRIDE_W * run)[:, None] + (shift + FIRST_SHIFT)[None, :]  # [BLOCK_M, BLOCK_K]
+        mask = (w_out >= 0) & (w_out < width_out) & ((o < C_OUT) & (shift < SHIFTS))[None, :]
+        source = g + ((n * frames_out + t_out) * height_out + h_out).to(tl.int64) * width_out * C_OUT
+        a = tl.load(source + _guarded(w_out * C_OUT + o[None, :], mask, C_OUT), mask=mask, other=0.0)
+        filters = weight + ((kt * K_H + kh) * LENGTH + k) * COLUMNS
+        b = tl.load(filters[:, None] + column[None, :])  # [BLOCK_K, COLUMNS]
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+        # The next block of channels, then the next tap along H, then along T.
+        first += BLOCK_K
+        row_ends = first == LENGTH
+        first = tl.where(row_ends, 0, first)
+        kh = tl.where(row_ends, kh + stride_h, kh)
+        h_out = tl.where(row_ends, h_out - 1, h_out)
+        frame_ends = kh >= tl.minimum(K_H, h + 1)
+        kh = tl.where(frame_ends, first_h, kh)
+        h_out = tl.where(frame_ends, (h - first_h) // stride_h, h_out)
+        kt = tl.where(frame_ends, kt + stride_t, kt)
+        t_out = tl.where(frame_ends, t_out - 1, t_out)
     c = column % PIXEL
     r = column // PIXEL
     w = run[:, None] * RUN + r[None, :] - pad_w  # [BLOCK_M, COLUMNS]

@@ -3,26 +3,26 @@
 // A thread owns VECTOR neighbouring channels and STRIP results along W, and walks along T. Every source frame is
 // read once and added to all results that are still open, whose partial sums stay in registers.
 //
-// Macros: SCALAR (float, __half, __nv_bfloat16), VECTOR, STRIP, KT KH KW (taps), ST SH SW (strides), DT DH DW
-// (dilations), BLOCKS (of 256 threads that one processor shall hold), and of single kernels TRANSPOSED (0: results are
-// outputs; 1: results are the input's gradient), ACTIVATION (0 none, 1 relu, 2 silu), BIAS.
+// Macros: KERNEL (FORWARD, INPUT_GRADIENT or WEIGHT_GRADIENT), SCALAR (float, __half, __nv_bfloat16), VECTOR, STRIP,
+// CHANNELS (C: columns then are constants in the loads), KT KH KW (taps), ST SH SW (strides), DT DH DW (dilations),
+// THREADS of a block and BLOCKS that one processor shall hold, AHEAD (frames that the cache is told of beforehand, 0:
+// none), ACTIVATION (of FORWARD: 0 none, 1 relu, 2 silu), BIAS (of WEIGHT_GRADIENT: 1 with the bias's gradient).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#ifndef TRANSPOSED
-#define TRANSPOSED 0
-#endif
-#ifndef ACTIVATION
-#define ACTIVATION 0
-#endif
-#ifndef BIAS
-#define BIAS 0
-#endif
+#define FORWARD 0
+#define INPUT_GRADIENT 1
+#define WEIGHT_GRADIENT 2
 
-constexpr int THREADS = 256;
-constexpr int LANES = 32;  // channel groups of one block at most
+// In the input's gradient, strips and steps are counted in x, and what is read is the gradient of y.
+constexpr bool TRANSPOSED = KERNEL == INPUT_GRADIENT;
 constexpr int TAPS = KT * KH * KW;
+
+// Neighbouring threads hold neighbouring channels: LANES groups of VECTOR in a block, as even a split as 32 allow.
+constexpr int GROUPS = (CHANNELS + VECTOR - 1) / VECTOR;
+constexpr int LANE_TILES = (GROUPS + 31) / 32;
+constexpr int LANES = (GROUPS + LANE_TILES - 1) / LANE_TILES;
 
 // Along T, one step of the walk reads IN_STEP source frames and completes OUT_STEP results; OPEN results are under way.
 constexpr int SPAN = (KT - 1) * DT + 1;
@@ -42,6 +42,10 @@ __device__ constexpr int tap_of(int f, int q) {
     const int offset = TRANSPOSED ? q : SPAN - ST + f - q * ST;
     return offset >= 0 && offset < SPAN && offset % DT == 0 ? offset / DT : -1;
 }
+
+// The source frame `f` of a step, and the result `e` that the step completes; either may lie outside.
+__device__ inline int frame_of(int step, int f, int pad) { return TRANSPOSED ? step : step * ST + SPAN - ST + f - pad; }
+__device__ inline int result_of(int step, int e, int pad) { return TRANSPOSED ? step * ST + e - pad : step; }
 
 // The column that result `j` of a strip meets with tap `kw`; -1: none.
 __device__ constexpr int column_of(int j, int kw) {
@@ -125,12 +129,12 @@ struct Sizes {
     int pad_t, pad_h, pad_w;           // of the convolution
 };
 
-// How a grid covers the results: blocks along x, the fastest first.
-struct Tiling {
-    int lanes, strips, rows, frames;  // channel groups, strips, rows and frames of one block
-    int lane_tiles, strip_tiles, row_tiles, frame_tiles;
+// What one block covers; `blockIdx.x` counts channels first, then strips, rows, frames, clips.
+struct Tile {
+    int strips, rows, frames;
 };
 
+__device__ constexpr int divided_up(int a, int b) { return (a + b - 1) / b; }
 __device__ inline int divided_down(int a, int b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
 // What one thread works on, and which columns exist in each source row that it reads.
@@ -141,23 +145,28 @@ struct Place {
     long long clip;
     bool active;
     int offset[KH];  // of the rows in a source frame
+    int result;      // of the strip in a result frame
+    int announced;   // of what the lane announces; less than 0: nothing
     unsigned columns;
     unsigned rows;
 
-    __device__ inline Place(const Sizes& s, const Tiling& g, int lane_tile, long long tile) {
-        const int lane = threadIdx.x % g.lanes, group = threadIdx.x / g.lanes;
-        const int strip = int(tile % g.strip_tiles) * g.strips + group % g.strips;
-        tile /= g.strip_tiles;
-        row = int(tile % g.row_tiles) * g.rows + group / g.strips;
-        tile /= g.row_tiles;
-        first = int(tile % g.frame_tiles) * g.frames;
+    __device__ inline Place(const Sizes& s, const Tile& g, int lane_tile, long long tile) {
+        const int lead = TRANSPOSED ? s.pad_w % STRIP : 0;
+        const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+        const int strip_tiles = divided_up(s.result_w + lead, g.strips * STRIP);
+        const int row_tiles = divided_up(s.result_h, g.rows), frame_tiles = divided_up(s.result_t, g.frames);
+        column = (int(tile % strip_tiles) * g.strips + group % g.strips) * STRIP - lead;
+        tile /= strip_tiles;
+        row = int(tile % row_tiles) * g.rows + group / g.strips;
+        tile /= row_tiles;
+        first = int(tile % frame_tiles) * g.frames;
         last = min(first + g.frames, s.result_t);
-        clip = tile / g.frame_tiles;
-        channel = (lane_tile * g.lanes + lane) * VECTOR;
-        column = strip * STRIP - (TRANSPOSED ? s.pad_w % STRIP : 0);
+        clip = tile / frame_tiles;
+        channel = (lane_tile * LANES + lane) * VECTOR;
         active = group < g.strips * g.rows && channel < CHANNELS && row < s.result_h;
 
         const int left = TRANSPOSED ? (column + s.pad_w) / SW - LEFT : column * SW - s.pad_w;
+        result = (row * s.result_w + column) * CHANNELS + channel;
         columns = rows = 0;
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) columns |= unsigned(left + c >= 0 && left + c < s.source_w) << c;
@@ -167,8 +176,10 @@ struct Place {
             const int source_row = TRANSPOSED ? shifted / SH : shifted;
             const bool meets = shifted >= 0 && source_row < s.source_h && (!TRANSPOSED || shifted % SH == 0);
             rows |= unsigned(meets) << kh;
-            offset[kh] = meets ? (source_row * s.source_w + left) * CHANNELS : 0;
+            offset[kh] = meets ? (source_row * s.source_w + left) * CHANNELS + channel : 0;
         }
+        const int shown = lane % COLUMNS;
+        announced = rows >> KH / 2 & columns >> shown & 1 ? offset[KH / 2] + shown * CHANNELS : -1;
     }
 
     // A bit for every result of the strip that lies in the tensor.
@@ -191,7 +202,17 @@ struct Place {
             }
         }
     }
+
+    // Has a frame's middle row brought to the second-level cache (neighbours see to the other rows): every lane names
+    // one of the columns, which together touch every sector.
+    __device__ __forceinline__ void announce(const SCALAR* frame) const {
+#if !defined(VIDKERNELS_HOST)
+        if (announced >= 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(frame + announced));
+#endif
+    }
 };
+
+#if KERNEL != WEIGHT_GRADIENT
 
 // A thread's walk. The open results are a ring: result q of a step lies in slot (q + PHASE · OUT_STEP) % OPEN, and
 // the phases, which come round after OPEN steps, are code of their own: registers have no run-time index.
@@ -200,25 +221,28 @@ struct Walk {
     float weight[KT][KH][KW][VECTOR];
     float start[VECTOR];
     float sum[OPEN][STRIP][VECTOR];
+    // Of the step; what differs between threads are the offsets in them.
     const SCALAR* frame;
-    SCALAR* strip;
+    SCALAR* completed;
     long long source_frame, result_frame;
     int step, end;
-    int t, frames;  // the source frame, and where the last one ends
-    int u;          // the result that the step completes
+    int pad, frames;  // of the source
     unsigned results;
 
     template <int PHASE>
     __device__ __forceinline__ void advance() {
 #pragma unroll
         for (int f = 0; f < IN_STEP; ++f) {
-            if (frame_used(f) && t >= 0 && t < frames) add<PHASE>(f);
-            ++t;
+            const int t = frame_of(step, f, pad);
+            if (frame_used(f) && t >= 0 && t < frames) {
+                if (AHEAD && t + AHEAD < frames) place.announce(frame + AHEAD * source_frame);
+                add<PHASE>(f);
+            }
             frame += source_frame;
         }
 #pragma unroll
         for (int e = 0; e < OUT_STEP; ++e) {
-            const int slot = (e + PHASE * OUT_STEP) % OPEN;
+            const int slot = (e + PHASE * OUT_STEP) % OPEN, u = result_of(step, e, pad);
             const unsigned stored = u >= place.first && u < place.last ? results : 0;
 #pragma unroll
             for (int j = 0; j < STRIP; ++j) {
@@ -228,10 +252,9 @@ struct Walk {
                     y[v] = activated(sum[slot][j][v]);
                     sum[slot][j][v] = start[v];
                 }
-                if (stored >> j & 1) store(strip + j * CHANNELS, y);
+                if (stored >> j & 1) store(completed + place.result + j * CHANNELS, y);
             }
-            ++u;
-            strip += result_frame;
+            completed += result_frame;
         }
         ++step;
     }
@@ -272,16 +295,19 @@ struct Walk {
 // y = activation(bias + x ∗ weight), or with TRANSPOSED the gradient of x from that of y (then `source` is y's).
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) walk(
     const SCALAR* __restrict__ source, const SCALAR* __restrict__ weight, const SCALAR* __restrict__ bias,
-    SCALAR* __restrict__ result, Sizes s, Tiling g) {
+    SCALAR* __restrict__ result, int source_t, int source_h, int source_w, int result_t, int result_h, int result_w,
+    int pad_t, int pad_h, int pad_w, int strips, int rows, int frames) {
     // Filters lie tap by tap, so that lanes read neighbouring words; the odd row length spreads the stores over banks.
     __shared__ float taps[TAPS][LANES * VECTOR + VECTOR];
-    const int lane_tile = blockIdx.x % g.lane_tiles;
-    const int base = lane_tile * g.lanes * VECTOR;
-    const int held = min(g.lanes * VECTOR, CHANNELS - base);
-    for (int i = threadIdx.x; i < held * TAPS; i += blockDim.x) taps[i % TAPS][i / TAPS] = widened(weight[base * TAPS + i]);
+    const int lane_tile = blockIdx.x % LANE_TILES;
+    const int base = lane_tile * LANES * VECTOR;
+    const int held = min(LANES * VECTOR, CHANNELS - base);
+    for (int i = threadIdx.x; i < held * TAPS; i += blockDim.x)
+        taps[i % TAPS][i / TAPS] = widened(weight[base * TAPS + i]);
     __syncthreads();
 
-    Walk w{Place(s, g, lane_tile, blockIdx.x / g.lane_tiles)};
+    const Sizes s{source_t, source_h, source_w, result_t, result_h, result_w, pad_t, pad_h, pad_w};
+    Walk w{Place(s, {strips, rows, frames}, lane_tile, blockIdx.x / LANE_TILES)};
     const Place& p = w.place;
     if (!p.active) return;
 #pragma unroll
@@ -297,14 +323,143 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) walk(
     // The first step is the first that adds to the first result; the last one completes the last.
     w.step = TRANSPOSED ? divided_down(p.first + s.pad_t - (SPAN - 1), ST) : p.first - (OPEN - 1);
     w.end = TRANSPOSED ? (p.last - 1 + s.pad_t) / ST + 1 : p.last;
-    w.t = TRANSPOSED ? w.step : w.step * ST + SPAN - ST - s.pad_t;
-    w.u = TRANSPOSED ? w.step * ST - s.pad_t : w.step;
+    w.pad = s.pad_t;
     w.frames = s.source_t;
     w.results = p.results(s);
     w.source_frame = (long long)s.source_h * s.source_w * CHANNELS;
     w.result_frame = (long long)s.result_h * s.result_w * CHANNELS;
-    w.frame = source + (p.clip * s.source_t + w.t) * w.source_frame + p.channel;
-    w.strip = result + (p.clip * s.result_t + w.u) * w.result_frame
-              + (long long)(p.row * s.result_w + p.column) * CHANNELS + p.channel;
+    w.frame = source + (p.clip * s.source_t + frame_of(w.step, 0, s.pad_t)) * w.source_frame;
+    w.completed = result + (p.clip * s.result_t + result_of(w.step, 0, s.pad_t)) * w.result_frame;
     while (w.step < w.end) w.round<0>();
 }
+
+#else
+
+// A thread's walk for the gradient of the weight: as that of the forward pass, with the gradient of the open results
+// in the ring, and sums over all that the thread comes past.
+struct Collector {
+    float sum[KT][KH][KW][VECTOR];
+    float bias[VECTOR];
+    float open[OPEN][STRIP][VECTOR];
+    const SCALAR* frame;
+    const SCALAR* begun;  // the result frame that the step opens
+    long long source_frame, result_frame;
+    int step, end;
+    int pad, frames;
+    unsigned results;
+
+    template <int PHASE>
+    __device__ __forceinline__ void advance(const Place& place) {
+        constexpr int opened = (OPEN - 1 + PHASE) % OPEN;
+        const unsigned read = step + OPEN - 1 >= place.first && step + OPEN - 1 < place.last ? results : 0;
+#pragma unroll
+        for (int j = 0; j < STRIP; ++j) {
+            Word word{};
+            if (read >> j & 1) word = *reinterpret_cast<const Word*>(begun + place.result + j * CHANNELS);
+            unpack(word, open[opened][j], SCALAR{});
+#pragma unroll
+            for (int v = 0; v < VECTOR; ++v) bias[v] += BIAS ? open[opened][j][v] : 0.0f;
+        }
+        begun += result_frame;
+#pragma unroll
+        for (int f = 0; f < IN_STEP; ++f) {
+            const int t = frame_of(step, f, pad);
+            if (frame_used(f) && t >= 0 && t < frames) {
+                if (AHEAD && t + AHEAD < frames) place.announce(frame + AHEAD * source_frame);
+                add<PHASE>(place, f);
+            }
+            frame += source_frame;
+        }
+        ++step;
+    }
+
+    template <int PHASE>
+    __device__ __forceinline__ void add(const Place& place, int f) {
+        Word words[KH][COLUMNS];
+        place.read(frame, words);
+#pragma unroll
+        for (int kh = 0; kh < KH; ++kh) {
+            float x[COLUMNS][VECTOR];
+#pragma unroll
+            for (int c = 0; c < COLUMNS; ++c)
+                if (column_used(c)) unpack(words[kh][c], x[c], SCALAR{});
+#pragma unroll
+            for (int q = 0; q < OPEN; ++q) {
+                const int kt = tap_of(f, q), slot = (q + PHASE) % OPEN;
+                if (kt < 0) continue;
+#pragma unroll
+                for (int i = 0; i < KW * STRIP * VECTOR; ++i) {
+                    const int kw = i / (STRIP * VECTOR), j = i / VECTOR % STRIP, v = i % VECTOR;
+                    sum[kt][kh][kw][v] += open[slot][j][v] * x[column_of(j, kw)][v];
+                }
+            }
+        }
+    }
+
+    template <int PHASE>
+    __device__ __forceinline__ void round(const Place& place) {
+        if constexpr (PHASE < OPEN) {
+            if (step >= end) return;
+            advance<PHASE>(place);
+            round<PHASE + 1>(place);
+        }
+    }
+};
+
+// Sums of gradient · x over the tiles that a block takes: (splits, taps and bias, C) in float32.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) collect(
+    const SCALAR* __restrict__ source, const SCALAR* __restrict__ gradient, float* __restrict__ partial,
+    int source_t, int source_h, int source_w, int result_t, int result_h, int result_w, int pad_t, int pad_h,
+    int pad_w, int strips, int rows, int frames, long long tiles, int splits) {
+    __shared__ float kept[KW * VECTOR][THREADS];
+    const Sizes s{source_t, source_h, source_w, result_t, result_h, result_w, pad_t, pad_h, pad_w};
+    const int lane_tile = blockIdx.x % LANE_TILES, split = blockIdx.x / LANE_TILES;
+    Collector c;
+#pragma unroll
+    for (int i = 0; i < TAPS * VECTOR; ++i)
+        c.sum[i / (VECTOR * KW * KH)][i / (VECTOR * KW) % KH][i / VECTOR % KW][i % VECTOR] = 0.0f;
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) c.bias[v] = 0.0f;
+    c.pad = s.pad_t;
+    c.frames = s.source_t;
+    c.source_frame = (long long)s.source_h * s.source_w * CHANNELS;
+    c.result_frame = (long long)s.result_h * s.result_w * CHANNELS;
+    for (long long tile = split; tile < tiles; tile += splits) {
+        const Place p(s, {strips, rows, frames}, lane_tile, tile);
+        c.results = p.results(s);
+        if (!c.results) continue;
+#pragma unroll
+        for (int i = 0; i < OPEN * STRIP * VECTOR; ++i) c.open[i / (STRIP * VECTOR)][i / VECTOR % STRIP][i % VECTOR] = 0.0f;
+        c.step = p.first - (OPEN - 1);
+        c.end = p.last;
+        c.frame = source + (p.clip * s.source_t + frame_of(c.step, 0, s.pad_t)) * c.source_frame;
+        c.begun = gradient + (p.clip * s.result_t + p.first) * c.result_frame;
+        while (c.step < c.end) c.round<0>(p);
+    }
+    // The groups of a block are added in their order, one row of taps after the other.
+    const int first = lane_tile * LANES * VECTOR, held = min(LANES * VECTOR, CHANNELS - first);
+    float* const out = partial + (long long)split * (TAPS + BIAS) * CHANNELS + first;
+#pragma unroll
+    for (int line = 0; line < KT * KH + BIAS; ++line) {
+        const int width = line < KT * KH ? KW : 1;
+        __syncthreads();
+#pragma unroll
+        for (int kw = 0; kw < width; ++kw)
+#pragma unroll
+            for (int v = 0; v < VECTOR; ++v)
+                kept[kw * VECTOR + v][threadIdx.x] =
+                    line < KT * KH ? c.sum[line / KH][line % KH][kw][v] : c.bias[v];
+        __syncthreads();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < width * held; i += blockDim.x) {
+            const int channel = i % held, kw = i / held;
+            float total = 0.0f;
+#pragma unroll 1
+            for (int group = 0; group < strips * rows; ++group)
+                total += kept[kw * VECTOR + channel % VECTOR][group * LANES + channel / VECTOR];
+            out[(long long)(line * KW + kw) * CHANNELS + channel] = total;
+        }
+    }
+}
+
+#endif

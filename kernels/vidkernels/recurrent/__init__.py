@@ -4,7 +4,7 @@ Source: Elman (1990), Cognitive Science 14(2); Hochreiter & Schmidhuber (1997), 
 forget gate of Gers et al. (2000); as used in Donahue et al. (2015), arXiv:1411.4389, §2.
 """
 
-from vidkernels.recurrent import library, reference, triton_block, triton_gates
+from vidkernels.recurrent import cuda_cluster, library, reference, triton_block, triton_gates
 from vidkernels.recurrent.case import LSTM, RNN, RecurrentCase
 
-__all__ = ["LSTM", "RNN", "RecurrentCase", "library", "reference", "triton_block", "triton_gates"]
+__all__ = ["LSTM", "RNN", "RecurrentCase", "cuda_cluster", "library", "reference", "triton_block", "triton_gates"]

@@ -7,7 +7,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Within 2⁻²² of x's own scale: 2σ(2x) − 1 cancels near 0, where a series stands in; exp never meets exp(∞)/exp(∞)."""
+    """2σ(2x) − 1, which knows no ∞/∞; near 0, where that cancels, a series."""
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
     return tl.where(square < 0.04, series, 2 * tl.sigmoid(2 * x) - 1)

@@ -21,8 +21,8 @@ SIGNATURE = (
     "(Tensor products, Tensor w_hh, Tensor? h, Tensor? c, bool sequence, bool train) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
-"""Of a recurrence. `y` is empty without `sequence`; `gates` (N, T, G·H), the activated gates, and `cells` (N, T, H), the
-c before each frame, are empty without `train`, which implies `sequence`. c_n and `cells` of an RNN are empty."""
+"""Of a recurrence. `y` is empty without `sequence`. `gates` (N, T, G·H), activated, and `cells` (N, T, H), the c before
+each frame, are empty without `train`, which implies `sequence`. c_n and `cells` of an RNN are empty."""
 
 BACKWARD_SIGNATURE = (
     "(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor w_hh, Tensor gates, Tensor cells) "

@@ -1,4 +1,4 @@
-"""Recurrence of up to 128 hidden units: one launch for a clip, W_hh on chip for all its frames.
+"""Recurrence of few hidden units, 128 of an LSTM in 16 bits: one launch for a clip, W_hh on chip for all its frames.
 
 After the persistent recurrent kernels of Diamos et al. (2016), "Persistent RNNs: stashing recurrent weights on-chip",
 ICML, §3, within one multiprocessor, so that no frame waits for another one.
@@ -7,33 +7,36 @@ ICML, §3, within one multiprocessor, so that no frame waits for another one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidkernels import launch, tuning
 from vidkernels.launch import Gpu
-from vidkernels.op import dtype_name
+from vidkernels.op import DTYPES, dtype_name
 from vidkernels.recurrent import layer
 from vidkernels.recurrent.case import LSTM, RNN, LstmState, RecurrentCase
 from vidkernels.recurrent.triton_frame import lstm_step, rnn_step
 
-_MOST_UNITS = {"fp16": 128, "bf16": 128, "fp32": 64, "tf32": 64}
-"""Of W_hh's (4·H, H), 128 KB stay in the registers of one multiprocessor, beside the state."""
+_WEIGHT_BYTES = 128 * 1024
+"""Of W_hh, in shared memory beside the frames that are read ahead; half of it where it stands in registers, exact
+float32. It is padded to a power of two of hidden units."""
 
 
-def _limits(case: RecurrentCase) -> str | None:
+def _limits(case: RecurrentCase, gates: int) -> str | None:
     if why := launch.dtype_refusal(case, "fp32", "tf32", "fp16", "bf16"):
         return why
-    most = _MOST_UNITS[case.dtype]
-    return (
-        None
-        if case.hidden_size <= most
-        else f"hidden_size={case.hidden_size}: W_hh of {case.dtype} stays on chip up to {most}"
-    )
+    size = DTYPES[case.dtype].itemsize
+    room = _WEIGHT_BYTES if case.dtype != "fp32" else _WEIGHT_BYTES // 2
+    if gates * _block(case.hidden_size) ** 2 * size <= room:
+        return None
+    most = next(units for units in (256, 128, 64) if gates * units**2 * size <= room)
+    return f"hidden_size={case.hidden_size}: W_hh in {case.dtype} stays on chip up to {most}"
 
 
-def _constants(x: Tensor, hidden: int, gates: int) -> dict[str, int | str | bool]:
+def _constants(x: Tensor, hidden: int, gates: int) -> dict[str, Any]:
     return {
         "H": hidden,
         "GATES": gates,
@@ -194,5 +197,5 @@ def lstm(
     return layer.lstm(_forward, x, w_ih, w_hh, bias, state, return_sequence)
 
 
-RNN.implementation("triton_block", requires=("triton",), limits=_limits, step=rnn_step(rnn))(rnn)
-LSTM.implementation("triton_block", requires=("triton",), limits=_limits, step=lstm_step(lstm))(lstm)
+RNN.implementation("triton_block", requires=("triton",), limits=partial(_limits, gates=1), step=rnn_step(rnn))(rnn)
+LSTM.implementation("triton_block", requires=("triton",), limits=partial(_limits, gates=4), step=lstm_step(lstm))(lstm)

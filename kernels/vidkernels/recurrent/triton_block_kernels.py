@@ -34,11 +34,7 @@ def _load(pointer, mask):
 @triton.jit
 def _product(a, w, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """[BLOCK_N, K] times [K, BLOCK_H] in float32; one row goes without the matrix units."""
-    if DOT:
-        product = tl.dot(a.to(w.dtype), w, input_precision=PRECISION)
-    else:
-        product = tl.sum(tl.trans(a) * w, axis=0)[None, :]
-    return product
+    return tl.dot(a.to(w.dtype), w, input_precision=PRECISION) if DOT else tl.sum(tl.trans(a) * w, axis=0)[None, :]
 
 
 @triton.jit(do_not_specialize=["N", "T"])

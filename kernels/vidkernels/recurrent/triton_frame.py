@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,39 +16,57 @@ from vidkernels.recurrent import layer
 from vidkernels.recurrent.case import LstmState
 
 
-def config(name: str, x: Tensor, w_hh: Tensor, features: int) -> tuning.Config:
-    """How to launch a kernel whose products sum over `features` (and, in a step, over the hidden units)."""
-    gpu = launch.gpu_of(x)
-    hidden, gates = w_hh.shape[1], layer.gates_of(w_hh)
-    key = tuning.Key(dtype_name(x), sizes=(hidden, features), form=(gates,), positions=x.shape[0])
-    candidates = list(_candidates(name, x, hidden, gates, gpu))
-    return tuning.pick(f"recurrent/triton_gates/{name}", key, candidates, gpu)
+@dataclass(frozen=True)
+class Products:
+    """The products of one frame: of batch rows with all columns of some hidden units, summed over `sums`."""
 
+    kernel: str
+    x: Tensor
+    hidden: int
+    columns: int
+    """For each hidden unit."""
+    sums: tuple[int, ...]
+    """How many terms each product has, one after another."""
 
-def _candidates(name: str, x: Tensor, hidden: int, gates: int, gpu: Gpu) -> Iterator[tuning.Config]:
-    exact = x.dtype is torch.float32 and launch.precision(x) == "ieee"
-    rows = 16 if x.shape[0] <= 16 else 32 if x.shape[0] <= 32 else 64
-    # Columns of a block: all gates of its units in the forward product, the units alone in the backward one.
-    columns_per_unit = 1 if name == "backward" else gates
-    depth = 32 if exact else 64 if x.dtype is torch.float32 else 128
-    # The fewer the columns, the more multiprocessors share the reading of W_hh.
-    for columns, block_k in ((32, depth), (16, depth), (32, depth // 2), (64, depth // 2)):
-        yield {
-            "BLOCK_N": rows,
-            "BLOCK_H": columns // columns_per_unit,
-            "BLOCK_K": block_k,
-            "num_warps": 4,
-            "num_stages": 3,
+    def launch(self) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid and the constants of a launch."""
+        gpu, rows = launch.gpu_of(self.x), self.x.shape[0]
+        key = tuning.Key(dtype_name(self.x), (self.hidden, *self.sums), form=(self.columns,), positions=rows)
+        chosen = tuning.pick(f"recurrent/triton_gates/{self.kernel}", key, list(self._candidates(gpu)), gpu)
+        even = not any(size % chosen["BLOCK_K"] for size in self.sums) and self.hidden % chosen["BLOCK_H"] == 0
+        constants: dict[str, Any] = {
+            **chosen,
+            "EVEN": even,
+            "VECTOR": 1 if even or self.hidden % 16 or any(size % 16 for size in self.sums) else 16,
+            "PRECISION": launch.precision(self.x),
         }
+        return (-(-self.hidden // chosen["BLOCK_H"]), -(-rows // chosen["BLOCK_N"])), constants
+
+    def _candidates(self, gpu: Gpu) -> Iterator[tuning.Config]:
+        exact = self.x.dtype is torch.float32 and launch.precision(self.x) == "ieee"
+        rows = min(max(16, _power_of_two(self.x.shape[0])), 64)
+        # What exact float32 products sum over stands in registers.
+        depths = [depth for depth in ((32, 16) if exact else (256, 128, 64, 32)) if depth < 2 * max(self.sums)] or [16]
+        depths.sort(key=lambda depth: any(size % depth for size in self.sums))
+        # Half of the multiprocessors at least should share the reading of the weights, or as many as there can be.
+        busy = [w for w in (64, 32, 16) if 2 * (self.hidden * self.columns // w) >= gpu.processors]
+        for width in busy + [w for w in (16, 32, 64) if w not in busy]:
+            for depth in depths[:2]:
+                for stages in (4, 2):
+                    if stages * (rows + width) * depth * self.x.element_size() <= gpu.shared_bytes:
+                        yield {
+                            "BLOCK_N": rows,
+                            "BLOCK_H": width // self.columns,
+                            "BLOCK_K": depth,
+                            "num_warps": 4,
+                            "num_stages": stages,
+                        }
+                        break
 
 
-def even(config: tuning.Config, hidden: int, features: int) -> bool:
-    """No block or slice reaches beyond the hidden units or the features."""
-    return hidden % config["BLOCK_H"] == 0 and hidden % config["BLOCK_K"] == 0 and features % config["BLOCK_K"] == 0
-
-
-def grid(config: tuning.Config, rows: int, hidden: int) -> tuple[int, int]:
-    return -(-hidden // config["BLOCK_H"]), -(-rows // config["BLOCK_N"])
+def _power_of_two(size: int) -> int:
+    """The least one that is not below `size`."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 @launch.custom_op(
@@ -59,10 +78,10 @@ def _step(
     (n, features), hidden, gates = x.shape, w_hh.shape[1], layer.gates_of(w_hh)
     h_n = x.new_empty(n, hidden)
     c_n = x.new_empty((n, hidden) if gates == 4 else 0)
-    chosen = config("step", x, w_hh, features)
+    grid, constants = Products("step", x, hidden, columns=gates, sums=(features, hidden)).launch()
     launch.triton(
         "recurrent.triton_gates_kernels:step",
-        grid(chosen, n, hidden),
+        grid,
         x,
         w_ih,
         w_hh,
@@ -75,9 +94,7 @@ def _step(
         features,
         hidden,
         GATES=gates,
-        EVEN=even(chosen, hidden, features),
-        PRECISION=launch.precision(x),
-        **chosen,
+        **constants,
     )
     return h_n, c_n
 

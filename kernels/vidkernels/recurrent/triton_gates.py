@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vidkernels import launch
-from vidkernels.recurrent import layer, triton_frame
+from vidkernels.recurrent import layer
 from vidkernels.recurrent.case import LSTM, RNN, LstmState, RecurrentCase
-from vidkernels.recurrent.triton_frame import lstm_step, rnn_step
+from vidkernels.recurrent.triton_frame import Products, lstm_step, rnn_step
 
 
 def _limits(case: RecurrentCase) -> str | None:
@@ -35,8 +35,7 @@ def _forward(
             cell.copy_(c)
     activated = products.new_empty(products.shape if train else 0)
     cells = products.new_empty((n, frames, hidden) if train and gates == 4 else 0)
-    config = triton_frame.config("forward", products, w_hh, hidden)
-    grid, even = triton_frame.grid(config, n, hidden), triton_frame.even(config, hidden, hidden)
+    grid, constants = Products("forward", products, hidden, columns=gates, sums=(hidden,)).launch()
     for t in range(frames):
         launch.triton(
             "recurrent.triton_gates_kernels:forward",
@@ -55,9 +54,7 @@ def _forward(
             slots,
             hidden,
             GATES=gates,
-            EVEN=even,
-            PRECISION=launch.precision(products),
-            **config,
+            **constants,
         )
     c_n = products.new_empty(0) if cell is None else cell.to(products.dtype)
     return y if sequence else products.new_empty(0), h_n, c_n, activated, cells
@@ -75,8 +72,7 @@ def _backward(
         if grad_c is not None:
             grad_cell.copy_(grad_c)
     grad_y, grad_h = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_h))
-    config = triton_frame.config("backward", activated, w_hh, gates * hidden)
-    grid, even = triton_frame.grid(config, n, hidden), triton_frame.even(config, hidden, gates * hidden)
+    grid, constants = Products("backward", activated, hidden, columns=1, sums=(gates * hidden,)).launch()
     for t in reversed(range(frames)):
         launch.triton(
             "recurrent.triton_gates_kernels:backward",
@@ -93,9 +89,7 @@ def _backward(
             frames,
             hidden,
             GATES=gates,
-            EVEN=even,
-            PRECISION=launch.precision(activated),
-            **config,
+            **constants,
         )
     return grad_products, activated.new_empty(0) if grad_cell is None else grad_cell.to(activated.dtype)
 

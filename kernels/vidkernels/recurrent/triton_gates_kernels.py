@@ -8,18 +8,23 @@ from vidkernels.recurrent.cell_kernels import lstm_backward, tanh
 
 
 @triton.jit
-def _clamped(index, size, EVEN: tl.constexpr):
-    """Indices with those beyond `size` on 0, so that no pointer leaves its tensor."""
-    return index if EVEN else tl.where(index < size, index, 0)
+def _clamped(index, size, EVEN: tl.constexpr, VECTOR: tl.constexpr):
+    """Indices with those beyond `size` on 0, so that no pointer leaves its tensor; runs of VECTOR stay together."""
+    clamped = tl.where(index < size, index, 0)
+    return index if EVEN else tl.max_contiguous(tl.multiple_of(clamped, VECTOR), VECTOR)
 
 
 @triton.jit
-def _tile(N, H, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr):
+def _tile(N, H, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr, VECTOR: tl.constexpr):
     """Batch rows and hidden units of this block, clamped, and which of them exist."""
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask = (rows < N)[:, None] & (units < H)[None, :]  # [BLOCK_N, BLOCK_H]
-    return tl.where(rows < N, rows, 0).to(tl.int64)[:, None], _clamped(units, H, EVEN)[None, :], mask
+    return (
+        tl.where(rows < N, rows, 0).to(tl.int64)[:, None],
+        _clamped(units, H, EVEN, min(VECTOR, BLOCK_H))[None, :],
+        mask,
+    )
 
 
 @triton.jit
@@ -27,23 +32,31 @@ def _gate_rows(H, GATES: tl.constexpr, BLOCK_H: tl.constexpr, EVEN: tl.constexpr
     """The rows of W_hh and W_ih for this block's units, their gates side by side: unit 0's i, f, g, o, unit 1's …"""
     columns = tl.arange(0, GATES * BLOCK_H)
     units = tl.program_id(0) * BLOCK_H + columns // GATES
-    return ((columns % GATES) * H + _clamped(units, H, EVEN))[None, :]
+    return ((columns % GATES) * H + _clamped(units, H, EVEN, 1))[None, :]
 
 
 @triton.jit
 def _multiplied(
-    products, a, w, a_step, w_step, size, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr
+    products,
+    a,
+    w,
+    w_step,
+    size,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """products + Σ_k a[row, k]·w[k, column], k < size; `a` and `w` point at k = 0 and go on by their steps."""
+    """products + Σ_k a[row, k]·w[k, column], k < size; `a` and `w` point at k = 0."""
     for start in range(0, size, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if EVEN:
-            left = tl.load(a + k[None, :] * a_step)  # [BLOCK_N, BLOCK_K]
+            left = tl.load(a + k[None, :])  # [BLOCK_N, BLOCK_K]
             right = tl.load(w + k[:, None] * w_step)  # [BLOCK_K, columns]
         else:
             inside = k < size
-            k = tl.where(inside, k, 0)
-            left = tl.load(a + k[None, :] * a_step, mask=inside[None, :], other=0)
+            k = _clamped(k, size, EVEN, VECTOR)
+            left = tl.load(a + k[None, :], mask=inside[None, :], other=0)
             right = tl.load(w + k[:, None] * w_step, mask=inside[:, None], other=0)
         products = tl.dot(left, right, products, input_precision=PRECISION)
     return products
@@ -78,17 +91,18 @@ def forward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN)
+    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN, VECTOR)
     acc = tl.zeros((BLOCK_N, GATES * BLOCK_H), tl.float32)
     weight = w_hh + _gate_rows(H, GATES, BLOCK_H, EVEN) * H
     if t > 0:
         # Frame t of h lies in slot t mod SLOTS of y, (N, SLOTS, H).
         before = y + (rows * SLOTS + (t - 1) % SLOTS) * H
-        acc = _multiplied(acc, before, weight, 1, 1, H, BLOCK_K, EVEN, PRECISION)
+        acc = _multiplied(acc, before, weight, 1, H, BLOCK_K, EVEN, VECTOR, PRECISION)
     elif h_0 is not None:
-        acc = _multiplied(acc, h_0 + rows * H, weight, 1, 1, H, BLOCK_K, EVEN, PRECISION)
+        acc = _multiplied(acc, h_0 + rows * H, weight, 1, H, BLOCK_K, EVEN, VECTOR, PRECISION)
     state = rows * H + units
     gate_at = (rows * T + t) * (GATES * H) + units
     p_0 = tl.load(products + gate_at, mask=mask, other=0)
@@ -137,14 +151,15 @@ def backward(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN)
+    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN, VECTOR)
     dh = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     state = rows * H + units
     if t + 1 < T:
         after = grad_products + (rows * T + t + 1) * (GATES * H)
-        dh = _multiplied(dh, after, w_hh + units, 1, H, GATES * H, BLOCK_K, EVEN, PRECISION)
+        dh = _multiplied(dh, after, w_hh + units, H, GATES * H, BLOCK_K, EVEN, VECTOR, PRECISION)
     elif grad_h is not None:
         dh += tl.load(grad_h + state, mask=mask, other=0)
     at = (rows * T + t) * H + units
@@ -186,16 +201,17 @@ def step(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN)
+    rows, units, mask = _tile(N, H, BLOCK_N, BLOCK_H, EVEN, VECTOR)
     gate_rows = _gate_rows(H, GATES, BLOCK_H, EVEN)
     acc = tl.zeros((BLOCK_N, GATES * BLOCK_H), tl.float32)
     if bias is not None:
         acc += tl.load(bias + gate_rows)
-    acc = _multiplied(acc, x + rows * F, w_ih + gate_rows * F, 1, 1, F, BLOCK_K, EVEN, PRECISION)
+    acc = _multiplied(acc, x + rows * F, w_ih + gate_rows * F, 1, F, BLOCK_K, EVEN, VECTOR, PRECISION)
     if h is not None:
-        acc = _multiplied(acc, h + rows * H, w_hh + gate_rows * H, 1, 1, H, BLOCK_K, EVEN, PRECISION)
+        acc = _multiplied(acc, h + rows * H, w_hh + gate_rows * H, 1, H, BLOCK_K, EVEN, VECTOR, PRECISION)
     state = rows * H + units
     if GATES == 4:
         i, f, g, o = _four(acc, BLOCK_N, BLOCK_H)
