@@ -334,7 +334,7 @@ def test_a_whole_call(tmp_path: Path) -> None:
     assert not [row for row in rows if row["status"] not in ("ok", "skipped")]
     tables = json.loads((tmp_path / "out" / "tables" / "sm_90.json").read_text())
     assert set(tables) == {"launches", "implementations"}
-    assert set(tables["implementations"]["conv3d/train"]) == {"fp32 4x4 k3,3,3,1,1,1,1,1,1 p5"}
+    assert set(tables["implementations"]["conv3d/train"]) == {"fp32 4x4 k1,1,1,1,1,1,1,1,1 p4"}
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ ORDERS = {"forward": 0, "reverse": 1, "shuffled": 17}
 """In which order the threads that may go on do so."""
 
 _HEADER = Path(__file__).parent / "host_cuda.h"
+_RUNTIME = Path(__file__).parent / "host_cuda_runtime.cpp"
 # NVRTC has it built in; CUDA's headers choose between device and host code with it.
 _NV_TARGET = """#pragma once
 #define NV_IS_DEVICE 0
@@ -197,8 +198,10 @@ def _built(unit: str, macros: Mapping[str, int | str], folder: Path) -> Path:
 @cache
 def _header() -> Path:
     """host_cuda.h in a folder of its own, precompiled: it is most of the text of every kernel."""
-    text = _HEADER.read_text()
-    digest = hashlib.sha256("\0".join((text, _NV_TARGET, str(cuda_source.headers()), *_FLAGS)).encode()).hexdigest()
+    text, code = _HEADER.read_text(), _RUNTIME.read_text()
+    digest = hashlib.sha256(
+        "\0".join((text, code, _NV_TARGET, str(cuda_source.headers()), *_FLAGS)).encode()
+    ).hexdigest()
     home = Path(tempfile.gettempdir()) / f"vidkernels-host-{os.getuid()}" / digest[:16]
     (home / "nv").mkdir(parents=True, exist_ok=True)
     _write(home / "nv" / "target", _NV_TARGET)
@@ -208,7 +211,7 @@ def _header() -> Path:
     if not precompiled.is_file():
         _compile((*options, "c++-header", str(home / _HEADER.name)), precompiled)
     if not runtime.is_file():
-        _compile(("-shared", "-DHOST_CUDA_RUNTIME", *options, "c++", str(home / _HEADER.name)), runtime)
+        _compile(("-shared", *options, "c++", "-"), runtime, code)
     return home / _HEADER.name
 
 

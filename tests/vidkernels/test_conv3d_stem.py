@@ -92,7 +92,8 @@ def _launches(kernel: str, case: Conv3dCase) -> tuple[Callable[[], Tensor], Tens
     gx, gw = torch.autograd.grad(y, leaves, g.double())
     if kernel == "weight_gradient":
         return lambda: triton_stem.weight_gradient(x, rows, list(case.kernel_size), stride, padding), gw
-    return lambda: triton_stem.input_gradient(rows, weight, list(case.sizes), stride, padding), gx.permute(0, 2, 3, 4, 1)
+    gx = gx.permute(0, 2, 3, 4, 1)
+    return lambda: triton_stem.input_gradient(rows, weight, list(case.sizes), stride, padding), gx
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

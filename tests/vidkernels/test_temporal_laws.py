@@ -96,9 +96,9 @@ def test_causal_linear_and_shift_equivariant(op_name: str, name: str) -> None:
 
 @pytest.mark.parametrize(("op_name", "name"), implementations(OPS["causal_conv1d"]))
 def test_the_last_tap_meets_the_present_frame(op_name: str, name: str) -> None:
-    x = torch.zeros(1, 1, 6, dtype=torch.float64)
+    x = torch.zeros(1, 1, 6)
     x[0, 0, 1] = 1.0
-    weight = torch.tensor([[[2.0, 3.0, 5.0]]], dtype=torch.float64)
+    weight = torch.tensor([[[2.0, 3.0, 5.0]]])
     y = OPS[op_name][name].fn(x, weight, dilation=2)
     assert y.flatten().tolist() == [0.0, 5.0, 0.0, 3.0, 0.0, 2.0]
 
@@ -155,14 +155,14 @@ def test_block_depends_on_its_receptive_field(op_name: str, name: str) -> None:
 @pytest.mark.parametrize(("op_name", "name"), implementations(OPS["tcn_block"]))
 def test_dropout_acts_in_training_alone(op_name: str, name: str) -> None:
     """Of the second half's outputs, p are dropped and the others grow by 1/(1−p)."""
-    x = torch.zeros(4, 8, 500, dtype=torch.float64)
-    w1, b = torch.zeros(8, 8, 1, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
+    x = torch.zeros(4, 8, 500)
+    w1, b = torch.zeros(8, 8, 1), torch.ones(8)
     call = {"dilation": 1, "dropout_p": 0.25, "implementation": name}
     if why := OPS[op_name][name].why_not(OPS[op_name].case({}), "cpu"):
         pytest.skip(why)
     torch.manual_seed(0)
     y = tcn_block(x, w1, b, w1, b, training=True, **call)  # type: ignore[arg-type]
-    dropped = (y == 0).double().mean().item()
+    dropped = (y == 0).float().mean().item()
     assert dropped == pytest.approx(0.25, abs=0.02)
     torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / 0.75))
     torch.testing.assert_close(tcn_block(x, w1, b, w1, b, **call), torch.ones_like(y))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
     """Tiles that one phase takes."""
     block_p: int
     block_q: int
-    count: int
+    total: int
     """Tiles in all."""
 
     @property
@@ -51,9 +51,9 @@ def phased_tiles(batch: int, frames: int, dilation: int, halo: int, block_m: int
         block_p = block_m // block_q
         if length <= block_q or halo < block_q:
             per_phase = 1 if length <= block_q else 1 + -(-(length - block_q) // (block_q - halo))
-            count = -(-batch * dilation // block_p) * per_phase
-            if best is None or count < best.count:
-                best = Tiles(dilation, per_phase, block_p, block_q, count)
+            total = -(-batch * dilation // block_p) * per_phase
+            if best is None or total < best.total:
+                best = Tiles(dilation, per_phase, block_p, block_q, total)
         block_q //= 2
     return best
 
@@ -95,6 +95,11 @@ def tile_clocks(config: dict[str, int], taps: int, depth: int) -> int:
     return LOOP_CLOCKS + taps * depth * (m * n // 16 + 4 * (m + n)) // 128
 
 
+def waves(tiles: int, gpu: Gpu) -> float:
+    """How often every processor has a tile to do; processors hold several at once, so that no wave need be whole."""
+    return max(1.0, tiles / gpu.processors)
+
+
 def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: bool) -> list[dict[str, int]]:
     """Tiles of a convolution's matrix products.
 
@@ -104,6 +109,7 @@ def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: boo
         dtype: As in `key_dtype`.
         aligned: Rows of features begin at multiples of 16 bytes; others are loaded element by element.
     """
+    shapes: tuple[tuple[int, int, int, int], ...]
     if dtype in ("fp16", "bf16"):
         shapes = ((128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
         inner, item = 64 if aligned else 32, 2
@@ -147,6 +153,7 @@ def split_rows(rows: int, programs: int, block_r: int, gpu: Gpu) -> Split:
 
 def gradient_candidates(outs: int, ins: int, dtype: str, *, aligned: bool) -> list[dict[str, int]]:
     """Tiles of a filter gradient; arguments as of `tile_candidates`."""
+    shapes: tuple[tuple[int, int, int, int, int], ...]
     if dtype in ("fp16", "bf16"):
         shapes = ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 32, 64, 4, 4))
         if not aligned:
@@ -229,18 +236,19 @@ def _convolve(x: Tensor, w: Tensor, bias: Tensor | None, outs: int, dilation: in
     gpu, dtype, dilation = launch.gpu_of(x), key_dtype(x), reach(dilation, frames)
     candidates = tile_candidates(padded_outs, depth, dtype, gpu, aligned=width % 8 == 0)
 
-    def clocks(config: dict[str, int]) -> int:
-        tiles = apart(batch, frames, dilation, config["BLOCK_M"]).count * -(-outs // config["BLOCK_N"])
-        return -(-tiles // gpu.processors) * tile_clocks(config, taps, depth)
+    def clocks(config: dict[str, int]) -> float:
+        tiles = apart(batch, frames, dilation, config["BLOCK_M"]).total * -(-outs // config["BLOCK_N"])
+        return waves(tiles, gpu) * tile_clocks(config, taps, depth)
 
+    candidates.sort(key=clocks)
     direction = "input_gradient" if mirror else "forward"
     key = tuning.Key(dtype, (width, outs), (taps,), batch * frames)
-    config = dict(tuning.pick(f"causal_conv1d/triton_phased/{direction}", key, sorted(candidates, key=clocks), gpu))
+    config = dict(tuning.pick(f"causal_conv1d/triton_phased/{direction}", key, candidates, gpu))
     tiles = apart(batch, frames, dilation, config["BLOCK_M"])
     y = x.new_empty(batch, frames, outs)
     launch.triton(
         f"{_KERNELS}:convolve",
-        (tiles.count, -(-outs // config["BLOCK_N"])),
+        (tiles.total, -(-outs // config["BLOCK_N"])),
         *(x, w, bias, y, batch, frames, *tiles.shape, taps, dilation),
         *(width, outs, *strides, depth, padded_outs),
         MIRROR=mirror,
@@ -316,7 +324,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw if ctx.needs_input_grad[1] else None, db if ctx.needs_input_grad[2] else None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+_forward.register_autograd(_backward, setup_context=_setup)  # type: ignore[attr-defined]
 
 
 def step_tiles(rows: int, size: int, item_bytes: int) -> dict[str, int]:
@@ -342,7 +350,7 @@ def _step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, 
     column_tiles = -(-outs // tiles["BLOCK_N"])
     programs = -(-batch * frames // tiles["BLOCK_M"]) * column_tiles + -(-kept.numel() // COPY)
     launch.triton(
-        f"{_KERNELS}:step",
+        "causal_conv1d.triton_phased_step_kernels:step",
         (programs,),
         *(x, state, weight.contiguous(), dense(bias), y, kept),
         *(batch, frames, past, ins, outs, taps, dilation, column_tiles),

@@ -116,7 +116,7 @@ def _backward(
             gradients.raw_gradient_(gz, raw, affine, coefficients, pair)
         if wants_x:
             packed = kernels.pack_spatial(w_spatial, pair)
-            found.append(triton_igemm.input_gradient(gz, packed, tuple(x.shape), *spatial))
+            found.append(triton_igemm.input_gradient(gz, packed, (pair.clips, *pair.sizes, pair.channels), *spatial))
         if wants_spatial:
             gw = triton_igemm.weight_gradient(x, gz, (1, *pair.kernel[1:]), *spatial)
             found.append(gw[: pair.filters].permute(0, 4, 1, 2, 3).contiguous())

@@ -32,7 +32,7 @@ def hidden_gradient(
     class_positions = pair.clips * -(-pair.sizes[0] // stride) * pair.pixels
     tiles = -(-class_positions // config["BLOCK_M"])
     columns = -(-pair.mid // (config["BLOCK_N"] + config["BLOCK_N2"]))
-    gz = torch.empty_like(raw)
+    gz = raw.new_empty(pair.mid_shape)
     sums, products = (raw.new_empty((stride * tiles, pair.mid), dtype=torch.float32) for _ in range(2))
     launch.triton(
         f"{_KERNELS}:hidden_gradient",

@@ -87,7 +87,7 @@ def spatial(
     config = tuning.pick("conv2plus1d/triton_fused/spatial", pair.key(x), candidates, gpu)
     _, out_height, out_width = pair.out_sizes
     frames = pair.clips * pair.sizes[0]
-    mid = x.new_empty((pair.clips, pair.sizes[0], out_height, out_width, pair.mid))
+    mid = x.new_empty(pair.mid_shape)
     columns = -(-pair.mid // (config["BLOCK_N"] + config["BLOCK_N2"]))
     boxed = "BLOCK_F" in config
     if boxed:

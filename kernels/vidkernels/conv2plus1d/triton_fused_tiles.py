@@ -47,13 +47,15 @@ class Pair:
             w_spatial: (M, C_in, 1, kH, kW).
             w_temporal: (C_out, M, kT, 1, 1).
         """
+        # int(): what torch.compile traces with a symbol for a size is compiled for the size itself, as kernels are.
+        clips, t, h, w, channels = map(int, x.shape)
         return cls(
-            clips=x.shape[0],
-            sizes=triple(x.shape[1:4], "x"),
-            channels=x.shape[4],
-            filters=w_spatial.shape[0],
-            out_channels=w_temporal.shape[0],
-            kernel=(w_temporal.shape[2], w_spatial.shape[3], w_spatial.shape[4]),
+            clips=clips,
+            sizes=(t, h, w),
+            channels=channels,
+            filters=int(w_spatial.shape[0]),
+            out_channels=int(w_temporal.shape[0]),
+            kernel=triple(map(int, (w_temporal.shape[2], *w_spatial.shape[3:])), "kernel"),
             stride=triple(stride, "stride"),
             padding=triple(padding, "padding"),
         )
@@ -72,6 +74,11 @@ class Pair:
     def pixels(self) -> int:
         """Of one frame, after the spatial convolution."""
         return self.out_sizes[1] * self.out_sizes[2]
+
+    @property
+    def mid_shape(self) -> tuple[int, ...]:
+        """(N, T, H', W', stored M)."""
+        return (self.clips, self.sizes[0], *self.out_sizes[1:], self.mid)
 
     @property
     def positions(self) -> int:
@@ -114,7 +121,7 @@ def product_tiles(
     found: list[tuple[float, Config]] = []
     for block_m, width, width2 in _shapes(ieee, columns, split):
         # A tile that is twice as high as needed is none; but there must be one.
-        if block_m * (width + width2) > most or (block_m > 64 and block_m >= 2 * rows):
+        if block_m * (width + width2) > (most if gpu.capability >= 90 else 128 * 144) or (block_m > 64 and block_m >= 2 * rows):
             continue
         if config := _staged(x, block_m, width, width2, block_k, gpu):
             found.append((_cost(rows, columns, block_m, width + width2, gpu), config))
@@ -144,7 +151,9 @@ def sum_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
     block_k = 16 if ieee else 64 if x.element_size() == 2 else 32
     found: list[tuple[float, Config]] = []
     for block_m, width, width2 in _shapes(ieee, pair.mid, True):
-        if block_m <= max(64, pair.out_channels) and block_m * (width + width2) <= 128 * 160:
+        # With two accumulators, and without wgmma, a tile of 128 × 128 spills.
+        most = 128 * 128 if gpu.capability >= 90 and not width2 else 64 * 144
+        if block_m <= max(64, pair.out_channels) and block_m * (width + width2) <= most:
             padded = -(-pair.out_channels // block_m) * -(-pair.mid // (width + width2))
             cost = padded * (max(block_m * (width + width2) / 32, 2.5 * (block_m + width + width2)) + 100)
             if config := _staged(x, block_m, width, width2, block_k, gpu):
@@ -183,7 +192,7 @@ def _shapes(ieee: bool, columns: int, split: bool) -> Iterator[tuple[int, int, i
 def _staged(x: Tensor, block_m: int, width: int, width2: int, block_k: int, gpu: Gpu) -> Config | None:
     """The tile with as many warps and stages as fit."""
     size = block_m * (width + width2)
-    warps = 8 if size >= 128 * 128 else 4
+    warps = 8 if size > 64 * 128 else 4
     stage = (block_m + width + width2) * block_k * x.element_size()
     # Where the accumulators leave room for a second block, the two hide each other's start and end.
     shared = gpu.shared_bytes // 2 if size <= warps * 32 * 72 else gpu.shared_bytes

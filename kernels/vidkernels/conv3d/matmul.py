@@ -64,9 +64,7 @@ def conv3d(
     n, c = x.shape[:2]
     kernel = triple(weight.shape[2:], "kernel_size")
     step = triple(stride, "stride")
-    out = conv_sizes(
-        triple(x.shape[2:], "x"), kernel, step, triple(padding, "padding"), triple(dilation, "dilation")
-    )
+    out = conv_sizes(triple(x.shape[2:], "x"), kernel, step, triple(padding, "padding"), triple(dilation, "dilation"))
     # Rows and columns that no patch covers are cut off; between taps of one, others are left out.
     used = tuple(
         slice(0, size * k) if k > 1 else slice(0, (size - 1) * s + 1, s)

@@ -39,7 +39,8 @@ def _forward(
     activation: str,
 ) -> Tensor:
     residual = None if residual is None else residual.contiguous()
-    return forward(x.contiguous(), weight.contiguous(), bias, residual, *_triples(stride, padding, dilation), activation)
+    geometry = _triples(stride, padding, dilation)
+    return forward(x.contiguous(), weight.contiguous(), bias, residual, *geometry, activation=activation)
 
 
 @launch.custom_op(
@@ -54,7 +55,7 @@ def _input_gradient(
 
 
 @launch.custom_op(
-    "conv3d_igemm_weight_gradient(Tensor x, Tensor g, int[] kernel_size, int[] stride, int[] padding, "
+    "conv3d_igemm_weight_gradient(Tensor x, Tensor g, SymInt[] kernel_size, int[] stride, int[] padding, "
     "int[] dilation) -> Tensor"
 )
 def _weight_gradient(
@@ -63,8 +64,9 @@ def _weight_gradient(
     return weight_gradient(x.contiguous(), g.contiguous(), *_triples(kernel_size, stride, padding, dilation))
 
 
-def _triples(*values: list[int]) -> tuple[Any, ...]:
-    return tuple(triple(value, "sizes") for value in values)
+def _triples(*values: list[int]) -> Any:
+    """Of sizes that may be symbols: they are not looked at."""
+    return tuple(tuple(value) for value in values)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,4 +132,5 @@ def conv3d(
         y = _forward(rows, filters, bias, None, *geometry, "none").permute(0, 4, 1, 2, 3)
         return ACTIVATIONS[activation](y if residual is None else y + residual)
     added = None if residual is None else residual.permute(0, 2, 3, 4, 1).contiguous()
-    return _forward(rows, filters, bias, added, *geometry, activation).permute(0, 4, 1, 2, 3)
+    y = _forward(rows, filters, bias, added, *geometry, activation).permute(0, 4, 1, 2, 3)
+    return y

@@ -21,11 +21,15 @@ def _activated(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _axis(residue, taps, stride, padding, dilation, tap_stride, RESIDUES: tl.constexpr):
-    """How one axis runs: first tap, how many of them, first source position, its step per position and per tap.
+    """How one axis runs: first tap, how many of them, first source position, its step from tap to tap.
 
     With RESIDUES, of the positions ≡ residue (mod stride) of an input gradient: they meet every tap_stride-th tap,
     from the first one on for which residue + padding − tap · dilation is a multiple of stride; none if there is none.
     """
+    first = 0
+    count = taps
+    start = -padding
+    step = dilation
     if RESIDUES:
         first = taps
         for back in range(tap_stride):
@@ -33,13 +37,14 @@ def _axis(residue, taps, stride, padding, dilation, tap_stride, RESIDUES: tl.con
             first = tl.where((residue + padding - tap * dilation) % stride == 0, tap, first)
         count = tl.maximum(taps - first + tap_stride - 1, 0) // tap_stride
         start = tl.where(count > 0, (residue + padding - first * dilation) // stride, 0)
-        return first, count, start, 1, -(dilation * tap_stride // stride)
-    else:
-        return 0, taps, -padding, stride, dilation
+        step = -(dilation * tap_stride // stride)
+    return first, count, start, step
 
 
 @triton.jit
-def _store(acc, bias, residual, y, rows, row_ok, column, channels, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def _store(
+    acc, bias, residual, y, rows, row_ok, column, channels, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
     """Rounds activation(acc + bias + residual) to y, from `column` on; `rows` are offsets of elements."""
     columns = column + tl.arange(0, WIDTH)
     columns_ok = columns < channels
@@ -83,9 +88,15 @@ def gather(
     residue_w = residue % across_w
     residue_h = (residue // across_w) % across_h
     residue_t = residue // (across_w * across_h)
-    first_t, count_t, start_t, move_t, step_t = _axis(residue_t, taps_t, stride_t, padding_t, dilation_t, tap_stride_t, RESIDUES)  # fmt: skip
-    first_h, count_h, start_h, move_h, step_h = _axis(residue_h, taps_h, stride_h, padding_h, dilation_h, tap_stride_h, RESIDUES)  # fmt: skip
-    first_w, count_w, start_w, move_w, step_w = _axis(residue_w, taps_w, stride_w, padding_w, dilation_w, tap_stride_w, RESIDUES)  # fmt: skip
+    first_t, count_t, start_t, step_t = _axis(
+        residue_t, taps_t, stride_t, padding_t, dilation_t, tap_stride_t, RESIDUES
+    )  # fmt: skip
+    first_h, count_h, start_h, step_h = _axis(
+        residue_h, taps_h, stride_h, padding_h, dilation_h, tap_stride_h, RESIDUES
+    )  # fmt: skip
+    first_w, count_w, start_w, step_w = _axis(
+        residue_w, taps_w, stride_w, padding_w, dilation_w, tap_stride_w, RESIDUES
+    )  # fmt: skip
     apart_t = stride_t if RESIDUES else 1
     apart_h = stride_h if RESIDUES else 1
     apart_w = stride_w if RESIDUES else 1
@@ -108,12 +119,12 @@ def gather(
     t = t % size_t
     row_ok = n < samples  # [BLOCK_M]
     wide_n = tl.where(row_ok, n, 0).to(tl.int64)
-    out_rows = ((wide_n * out_t + residue_t + t * apart_t) * out_h + residue_h + h * apart_h) * out_w + residue_w + w * apart_w  # fmt: skip
-    out_rows = out_rows * out_channels
+    out_rows = (wide_n * out_t + residue_t + t * apart_t) * out_h + residue_h + h * apart_h
+    out_rows = (out_rows * out_w + residue_w + w * apart_w) * out_channels
 
-    t = t * move_t + start_t
-    h = h * move_h + start_h
-    w = w * move_w + start_w
+    t = t * (1 if RESIDUES else stride_t) + start_t
+    h = h * (1 if RESIDUES else stride_h) + start_h
+    w = w * (1 if RESIDUES else stride_w) + start_w
     rows = (((wide_n * in_t + t) * in_h + h) * in_w + w) * in_channels  # [BLOCK_M]
 
     k = tl.arange(0, BLOCK_K)
@@ -128,7 +139,8 @@ def gather(
     begin = (depth.to(tl.int64) * tl.program_id(2) // tl.num_programs(2)).to(tl.int32)
     end = (depth.to(tl.int64) * (tl.program_id(2) + 1) // tl.num_programs(2)).to(tl.int32)
     channel = (begin % blocks_k) * BLOCK_K
-    tap_w = begin // blocks_k
+    tap = begin // blocks_k
+    tap_w = tap
     tap_h = tap_w // tl.maximum(count_w, 1)
     tap_t = tap_h // tl.maximum(count_h, 1)
     tap_w -= tap_h * count_w
@@ -149,8 +161,9 @@ def gather(
         channels = tl.max_contiguous(tl.multiple_of(channels, IN_UNIT), IN_UNIT)
         a = tl.load(x + places[:, None] + channels[None, :], mask=ok[:, None] & channels_ok[None, :], other=0.0)
 
-        tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
-        tap = tap * taps_w + first_w + tap_w * tap_stride_w
+        if RESIDUES:
+            tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
+            tap = tap * taps_w + first_w + tap_w * tap_stride_w
         if TRANSPOSED:
             spots = (channels * taps + tap)[:, None] * out_channels + columns[None, :]
         else:
@@ -161,6 +174,7 @@ def gather(
         channel += BLOCK_K
         carry = (channel >= in_channels).to(tl.int32)
         channel *= 1 - carry
+        tap += carry
         tap_w += carry
         carry = (tap_w >= count_w).to(tl.int32)
         tap_w *= 1 - carry
@@ -203,9 +217,15 @@ def boxes(
     residue_w = residue % across_w
     residue_h = (residue // across_w) % across_h
     residue_t = residue // (across_w * across_h)
-    first_t, count_t, start_t, _, step_t = _axis(residue_t, taps_t, stride_t, padding_t, dilation_t, tap_stride_t, RESIDUES)  # fmt: skip
-    first_h, count_h, start_h, _, step_h = _axis(residue_h, taps_h, stride_h, padding_h, dilation_h, tap_stride_h, RESIDUES)  # fmt: skip
-    first_w, count_w, start_w, _, step_w = _axis(residue_w, taps_w, stride_w, padding_w, dilation_w, tap_stride_w, RESIDUES)  # fmt: skip
+    first_t, count_t, start_t, step_t = _axis(
+        residue_t, taps_t, stride_t, padding_t, dilation_t, tap_stride_t, RESIDUES
+    )  # fmt: skip
+    first_h, count_h, start_h, step_h = _axis(
+        residue_h, taps_h, stride_h, padding_h, dilation_h, tap_stride_h, RESIDUES
+    )  # fmt: skip
+    first_w, count_w, start_w, step_w = _axis(
+        residue_w, taps_w, stride_w, padding_w, dilation_w, tap_stride_w, RESIDUES
+    )  # fmt: skip
     apart_t = stride_t if RESIDUES else 1
     apart_h = stride_h if RESIDUES else 1
     apart_w = stride_w if RESIDUES else 1
@@ -232,20 +252,25 @@ def boxes(
     begin = (depth.to(tl.int64) * tl.program_id(2) // tl.num_programs(2)).to(tl.int32)
     end = (depth.to(tl.int64) * (tl.program_id(2) + 1) // tl.num_programs(2)).to(tl.int32)
     channel = (begin % blocks_k) * BLOCK_K
-    tap_w = begin // blocks_k
+    tap = begin // blocks_k
+    tap_w = tap
     tap_h = tap_w // tl.maximum(count_w, 1)
     tap_t = tap_h // tl.maximum(count_h, 1)
     tap_w -= tap_h * count_w
     tap_h -= tap_t * count_h
 
+    t_in = t + start_t
+    h_in = h + start_h
+    w_in = w + start_w
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TAIL > 0:
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for _ in range(begin, end):
-        a = x.load([n, t + start_t + tap_t * step_t, h + start_h + tap_h * step_h, w + start_w + tap_w * step_w, channel])  # fmt: skip
+        a = x.load([n, t_in + tap_t * step_t, h_in + tap_h * step_h, w_in + tap_w * step_w, channel])
         a = a.reshape(BLOCK_M, BLOCK_K)
-        tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
-        tap = tap * taps_w + first_w + tap_w * tap_stride_w
+        if RESIDUES:
+            tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
+            tap = tap * taps_w + first_w + tap_w * tap_stride_w
         if TRANSPOSED:
             b = weight.load([channel, tap, column]).reshape(BLOCK_K, BLOCK_N)
         else:
@@ -261,6 +286,7 @@ def boxes(
         channel += BLOCK_K
         carry = (channel >= in_channels).to(tl.int32)
         channel *= 1 - carry
+        tap += carry
         tap_w += carry
         carry = (tap_w >= count_w).to(tl.int32)
         tap_w *= 1 - carry

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from math import gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels import launch, tuning
-from vidkernels.conv3d.triton_igemm_tiles import aligned, arithmetic, box, convolution_tiles, copied_as_boxes, tensor_map
+from vidkernels.conv3d.triton_igemm_tiles import (
+    aligned,
+    arithmetic,
+    box,
+    convolution_tiles,
+    copied_as_boxes,
+    sides,
+    tensor_map,
+)
 from vidkernels.shapes import Shape, Triple, conv_sizes, triple
 
 _KERNELS = "conv3d.triton_igemm_kernels"
@@ -35,8 +45,8 @@ def forward(
     Returns:
         (N, T', H', W', C_out), contiguous, dtype of x.
     """
-    sizes = conv_sizes(triple(x.shape[1:4], "x"), triple(weight.shape[1:4], "weight"), stride, padding, dilation)
-    y = x.new_empty((x.shape[0], *sizes, weight.shape[0]))
+    (t, h, w), (k_t, k_h, k_w) = x.shape[1:4], weight.shape[1:4]
+    y = x.new_empty((x.shape[0], *conv_sizes((t, h, w), (k_t, k_h, k_w), stride, padding, dilation), weight.shape[0]))
     _convolve("forward", x, weight, bias, residual, y, stride, padding, dilation, activation, transposed=False)
     return y
 
@@ -77,6 +87,8 @@ def _convolve(
     transposed: bool,
 ) -> None:
     """Launches what computes y from x; all are channels-last and contiguous."""
+    if isinstance(x, FakeTensor):
+        return  # Its sizes may be symbols, and there is nothing to launch.
     gpu = launch.gpu_of(x)
     samples, in_channels, out_channels = x.shape[0], x.shape[-1], y.shape[-1]
     out_sizes = triple(y.shape[1:4], "y")
@@ -98,7 +110,7 @@ def _convolve(
     tap_strides = (s // gcd(s, d) for s, d in zip(steps, dilation, strict=True))
     geometry = (*taps, *stride, *padding, *dilation, *tap_strides)
     out_unit = gcd(out_channels, 16)
-    constants = {
+    constants: dict[str, Any] = {
         "OUT_UNIT": out_unit,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -128,7 +140,7 @@ def _convolve(
             out_channels // out_unit,
             *geometry,
             TAIL=tail,
-            **dict(zip(("BOX_N", "BOX_T", "BOX_H", "BOX_W"), shape, strict=True)),
+            **sides(shape),
             **constants,
         )
     else:

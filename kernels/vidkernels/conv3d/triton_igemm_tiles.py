@@ -43,6 +43,11 @@ def tensor_map(tensor: Tensor, block: tuple[int, ...]) -> TensorMap:
     return TensorMap(tensor, tuple(tensor.shape), tensor.stride(), block)
 
 
+def sides(box: Box) -> dict[str, int]:
+    """A box as compile-time constants."""
+    return dict(zip(("BOX_N", "BOX_T", "BOX_H", "BOX_W"), box, strict=True))
+
+
 @cache
 def box(rows: int, sizes: tuple[int, int, int, int]) -> Box:
     """The box of so many positions that covers (N, T, H, W) with the least waste, then the widest along W, H, T."""
@@ -68,8 +73,8 @@ def convolution_tiles(
     kind = arithmetic(x)
     candidates: list[Config] = []
     for (block_n, tail), block_m, warps, stages in _convolution_shapes(kind, rows, out_channels, gpu, boxed):
-        block_k = _depth(in_channels, {"fp32": 16, "tf32": 32}.get(kind, 64))
-        while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > gpu.shared_bytes - 4096:
+        block_k = _depth(in_channels, 16 if kind == "fp32" else 32 if kind == "tf32" or gpu.capability < 90 else 64)
+        while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > _operand_bytes(gpu):
             stages -= 1
         blocks = -(-rows // block_m) * -(-out_channels // (block_n + tail))
         # Adding the parts up is a launch of its own: each has to save some steps.
@@ -96,16 +101,21 @@ def _convolution_shapes(
     widths = _widths(out_channels, most=256 if gpu.capability >= 90 and kind != "tf32" else 128, tails=boxed)
     for block_n, tail in widths[:2]:
         wide = block_n + tail
-        if wide > 128 or gpu.capability < 90 and wide > 64 or kind == "tf32" and wide > 64:
+        if gpu.capability < 90:
+            # mma takes both operands through registers.
+            tiles = [(128, 8, 3), (64, 4, 3)]
+        elif wide > 128 or (kind == "tf32" and wide > 64):
             tiles = [(128, 8, 3), (64, 4, 3)]
         elif wide > 64:
             tiles = [(128, 8, 4), (128, 4, 4), (64, 4, 4)]
-        else:
+        elif wide > 32:
             tiles = [(128, 4, 4), (256, 8, 4), (64, 4, 4)]
+        else:
+            tiles = [(256, 8, 3), (128, 4, 4), (64, 4, 4)]
         if rows <= 64:
             tiles.sort()
         for block_m, warps, stages in tiles:
-            if not (wide > 128 and warps == 4 and block_m * wide > 128 * 128):
+            if not (wide > 128 and block_m * wide > 128 * 32 * warps):
                 yield (block_n, tail), block_m, warps, stages
 
 
@@ -142,38 +152,48 @@ def power_of_two(size: int, least: int, most: int) -> int:
 
 
 def weight_tiles(
-    x: Tensor, positions: int, in_channels: int, out_channels: int, taps: int, gpu: Gpu
+    x: Tensor, positions: int, in_channels: int, out_channels: int, taps: int, gpu: Gpu, *, boxed: bool
 ) -> list[Config]:
-    """Tiles of a product of out_channels × positions × in_channels, for GROUP taps at a time."""
-    kind = arithmetic(x)
-    group = 3 if taps % 3 == 0 else 1
-    if kind == "fp32":
-        rows, columns = power_of_two(out_channels, 16, 32), power_of_two(in_channels, 16, 32)
-        shapes = [(rows, columns, 32, 4, 2, group), (rows, columns, 32, 4, 2, 1)]
-    else:
-        depth = 64 if kind != "tf32" else 32
-        rows, columns = power_of_two(out_channels, 16, 128), power_of_two(in_channels, 16, 128)
-        shapes = [
-            (rows, min(columns, 64), depth, 8 if rows == 128 else 4, 3, group),
-            (rows, columns, depth, 8 if rows == 128 else 4, 3, 1),
-            (min(rows, 64), min(columns, 64), depth, 4, 3, group),
-        ]
+    """Tiles of a product of out_channels × positions × in_channels for every tap.
+
+    Args:
+        x: Its right factor.
+        boxed: Positions come as boxes, those of g for GROUP taps at a time.
+    """
     candidates: list[Config] = []
-    for block_m, block_n, block_k, warps, stages, taken in shapes:
-        while stages > 1 and stages * (block_m + taken * block_n) * block_k * x.element_size() > gpu.shared_bytes - 4096:
+    for block_m, block_n, block_k, group, warps, stages in _weight_shapes(
+        arithmetic(x), in_channels, out_channels, taps, gpu, boxed
+    ):
+        while stages > 1 and stages * (block_m + group * block_n) * block_k * x.element_size() > _operand_bytes(gpu):
             stages -= 1
-        blocks = -(-taps // taken) * -(-in_channels // block_n) * -(-out_channels // block_m)
-        # Two blocks for every processor, each with a few steps at least.
+        blocks = -(-taps // group) * -(-in_channels // block_n) * -(-out_channels // block_m)
+        # Two blocks for every processor, unless each had but a few steps.
         split = max(1, min(2 * gpu.processors // blocks, positions // (16 * block_k), 64))
-        config = {
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "GROUP": taken,
-            "SPLIT": split,
-            "num_warps": warps,
-            "num_stages": stages,
-        }
+        config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        config |= {"GROUP": group, "SPLIT": split} if boxed else {"SPLIT": split}
         if config not in candidates:
             candidates.append(config)
     return candidates
+
+
+def _weight_shapes(
+    kind: str, in_channels: int, out_channels: int, taps: int, gpu: Gpu, boxed: bool
+) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, GROUP, num_warps, num_stages), the best guess first."""
+    groups = (3, 1) if boxed and taps % 3 == 0 else (1,)
+    if kind == "fp32":
+        for group in groups:
+            side = 32 if group > 1 else 64
+            yield power_of_two(out_channels, 16, side), power_of_two(in_channels, 16, side), 32, group, 4, 2
+        return
+    depth = 32 if kind == "tf32" or gpu.capability < 90 else 64
+    for most in (128, 64):
+        rows = power_of_two(out_channels, 16, most)
+        for group in groups:
+            columns = power_of_two(in_channels, 16, 64 if group > 1 else most)
+            yield rows, columns, depth, group, 8 if rows * columns > 64 * 64 else 4, 3
+
+
+def _operand_bytes(gpu: Gpu) -> int:
+    """Shared memory for the operands on their way: a little is kept for barriers."""
+    return gpu.shared_bytes - 4096

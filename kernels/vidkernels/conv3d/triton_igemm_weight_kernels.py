@@ -27,19 +27,25 @@ def gather(
     taps_t, taps_h, taps_w, stride_t, stride_h, stride_w, padding_t, padding_h, padding_w,
     dilation_t, dilation_h, dilation_w,
     IN_UNIT: tl.constexpr, OUT_UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gw[o, tap, c] = Σ over positions of g[position, o] · x[position · stride − padding + tap · dilation, c].
 
-    Grid: groups of taps × tiles of c, tiles of o, parts of the positions; part i goes to gw[i].
+    Grid: taps × tiles of c, tiles of o, parts of the positions; part i goes to gw[i].
     """
     in_channels = in_units * IN_UNIT
     out_channels = out_units * OUT_UNIT
     taps = taps_t * taps_h * taps_w
-    groups = tl.cdiv(taps, GROUP)
-    tap = (tl.program_id(0) % groups) * GROUP
-    columns = (tl.program_id(0) // groups) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap = tl.program_id(0) % taps
+    columns = (tl.program_id(0) // taps) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Where a channel lies beyond the last, an aligned one that exists: loads stay wide and in bounds.
+    columns_ok = columns < in_channels
+    near_columns = tl.where(columns_ok, columns, tl.arange(0, BLOCK_N) % IN_UNIT)
+    near_columns = tl.max_contiguous(tl.multiple_of(near_columns, IN_UNIT), IN_UNIT)
+    rows_ok = rows < out_channels
+    near_rows = tl.where(rows_ok, rows, tl.arange(0, BLOCK_M) % OUT_UNIT)
+    near_rows = tl.max_contiguous(tl.multiple_of(near_rows, OUT_UNIT), OUT_UNIT)
 
     positions = samples.to(tl.int64) * out_t * out_h * out_w
     blocks = tl.cdiv(positions, BLOCK_K)
@@ -47,8 +53,9 @@ def gather(
     end = blocks * (tl.program_id(2) + 1) // tl.num_programs(2)
 
     # The first block's positions as (n, t, h, w), and a whole block as such digits: adding needs carries, no division.
-    place = begin * BLOCK_K + tl.arange(0, BLOCK_K)
     head = begin * BLOCK_K
+    g += head * out_channels
+    left = positions - head
     w = (head % out_w).to(tl.int32) + tl.arange(0, BLOCK_K)
     head = head // out_w
     h = (head % out_h).to(tl.int32) + w // out_w
@@ -63,26 +70,26 @@ def gather(
     next_t = (BLOCK_K // out_w // out_h) % out_t
     next_n = BLOCK_K // out_w // out_h // out_t
 
-    acc0 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GROUP == 3:
-        acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    shift_t = tap // (taps_h * taps_w) * dilation_t - padding_t
+    shift_h = tap // taps_w % taps_h * dilation_h - padding_h
+    shift_w = tap % taps_w * dilation_w - padding_w
+    block = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range((end - begin).to(tl.int32)):
-        place_ok = n < samples  # [BLOCK_K]
-        a = _rows(g, place, place_ok, rows, out_channels, OUT_UNIT, BLOCK_M)
-        a = tl.trans(a)
-        t_in = t * stride_t - padding_t
-        h_in = h * stride_h - padding_h
-        w_in = w * stride_w - padding_w
-        b = _shifted(x, n, t_in, h_in, w_in, place_ok, tap, in_t, in_h, in_w, taps_h, taps_w, dilation_t, dilation_h, dilation_w, columns, in_channels, IN_UNIT, BLOCK_N)  # fmt: skip
-        acc0 = tl.dot(a, b, acc0, input_precision=PRECISION)
-        if GROUP == 3:
-            b = _shifted(x, n, t_in, h_in, w_in, place_ok, tap + 1, in_t, in_h, in_w, taps_h, taps_w, dilation_t, dilation_h, dilation_w, columns, in_channels, IN_UNIT, BLOCK_N)  # fmt: skip
-            acc1 = tl.dot(a, b, acc1, input_precision=PRECISION)
-            b = _shifted(x, n, t_in, h_in, w_in, place_ok, tap + 2, in_t, in_h, in_w, taps_h, taps_w, dilation_t, dilation_h, dilation_w, columns, in_channels, IN_UNIT, BLOCK_N)  # fmt: skip
-            acc2 = tl.dot(a, b, acc2, input_precision=PRECISION)
+        block_ok = block < left  # [BLOCK_K]
+        places = tl.where(block_ok, block, 0) * out_channels
+        a = tl.load(g + places[:, None] + near_rows[None, :], mask=block_ok[:, None] & rows_ok[None, :], other=0.0)
+        t_in = t * stride_t + shift_t
+        h_in = h * stride_h + shift_h
+        w_in = w * stride_w + shift_w
+        ok = block_ok & (t_in >= 0) & (t_in < in_t) & (h_in >= 0) & (h_in < in_h) & (w_in >= 0) & (w_in < in_w)
+        places = ((n.to(tl.int64) * in_t + t_in) * in_h + h_in) * in_w + w_in
+        places = tl.where(ok, places, 0) * in_channels
+        b = tl.load(x + places[:, None] + near_columns[None, :], mask=ok[:, None] & columns_ok[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
 
-        place += BLOCK_K
+        g += BLOCK_K * out_channels
+        left -= BLOCK_K
         w += next_w
         carry = (w >= out_w).to(tl.int32)
         w -= carry * out_w
@@ -94,30 +101,7 @@ def gather(
         t -= carry * out_t
         n += next_n + carry
 
-    _store(gw, acc0, rows, columns, tap, out_channels, taps, in_channels)
-    if GROUP == 3:
-        _store(gw, acc1, rows, columns, tap + 1, out_channels, taps, in_channels)
-        _store(gw, acc2, rows, columns, tap + 2, out_channels, taps, in_channels)
-
-
-@triton.jit
-def _rows(x, places, ok, columns, channels, UNIT: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of x at `places`, zero where not ok; `columns` are consecutive."""
-    columns_ok = columns < channels
-    columns = tl.where(columns_ok, columns, tl.arange(0, WIDTH) % UNIT)
-    columns = tl.max_contiguous(tl.multiple_of(columns, UNIT), UNIT)
-    places = tl.where(ok, places, 0) * channels
-    return tl.load(x + places[:, None] + columns[None, :], mask=ok[:, None] & columns_ok[None, :], other=0.0)
-
-
-@triton.jit
-def _shifted(x, n, t, h, w, ok, tap, in_t, in_h, in_w, taps_h, taps_w, dilation_t, dilation_h, dilation_w, columns, channels, UNIT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """The rows of x that a tap meets."""
-    t += tap // (taps_h * taps_w) * dilation_t
-    h += tap // taps_w % taps_h * dilation_h
-    w += tap % taps_w * dilation_w
-    ok = ok & (t >= 0) & (t < in_t) & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-    return _rows(x, ((n.to(tl.int64) * in_t + t) * in_h + h) * in_w + w, ok, columns, channels, UNIT, WIDTH)
+    _store(gw, acc, rows, columns, tap, out_channels, taps, in_channels)
 
 
 @triton.jit(
@@ -133,7 +117,10 @@ def boxes(
     BOX_N: tl.constexpr, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `gather` at stride 1, positions in boxes by the copy engine: beyond g's edges it fills zeros, which add none."""
+    """As `gather` at stride 1, positions in boxes by the copy engine, for GROUP (1 or 3) taps that share those of g.
+
+    Beyond the edges of g it fills in zeros, which add nothing.
+    """
     BLOCK_K: tl.constexpr = BOX_N * BOX_T * BOX_H * BOX_W
     taps = taps_t * taps_h * taps_w
     groups = tl.cdiv(taps, GROUP)

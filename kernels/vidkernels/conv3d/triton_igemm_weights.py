@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from math import gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels import launch, tuning
 from vidkernels.conv3d.triton_igemm_products import add_parts
-from vidkernels.conv3d.triton_igemm_tiles import aligned, arithmetic, box, copied_as_boxes, tensor_map, weight_tiles
+from vidkernels.conv3d.triton_igemm_tiles import (
+    aligned,
+    arithmetic,
+    box,
+    copied_as_boxes,
+    sides,
+    tensor_map,
+    weight_tiles,
+)
 from vidkernels.shapes import Triple
 
 _KERNELS = "conv3d.triton_igemm_weight_kernels"
@@ -27,24 +37,26 @@ def weight_gradient(
     Returns:
         (C_out, kT, kH, kW, C_in), contiguous: float32 sums, rounded to the dtype of x.
     """
+    gw = x.new_empty((g.shape[-1], *kernel_size, x.shape[-1]))
+    if isinstance(x, FakeTensor):
+        return gw  # Its sizes may be symbols, and there is nothing to launch.
     gpu = launch.gpu_of(x)
     samples, in_channels, out_channels = x.shape[0], x.shape[-1], g.shape[-1]
     t, h, w = g.shape[1:4]
     boxed = copied_as_boxes(gpu) and stride == (1, 1, 1)
-    gw = x.new_empty((out_channels, *kernel_size, in_channels))
     taps, positions = prod(kernel_size), samples * t * h * w
     if positions == 0:
         return gw.zero_()
-    candidates = weight_tiles(x, positions, in_channels, out_channels, taps, gpu)
+    candidates = weight_tiles(x, positions, in_channels, out_channels, taps, gpu, boxed=boxed)
     key = tuning.Key(arithmetic(x), (in_channels, out_channels), (*kernel_size, *stride), positions)
     config = tuning.pick("conv3d/triton_igemm/weight_gradient", key, candidates, gpu)
-    block_m, block_n, group, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "GROUP", "SPLIT"))
+    block_m, block_n, split = (config[name] for name in ("BLOCK_M", "BLOCK_N", "SPLIT"))
+    group = config["GROUP"] if boxed else 1
     target = gw if split == 1 else x.new_empty((split, *gw.shape), dtype=torch.float32)
     grid = (-(-taps // group) * -(-in_channels // block_n), -(-out_channels // block_m), split)
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "GROUP": group,
         "PRECISION": launch.precision(x),
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
@@ -66,7 +78,8 @@ def weight_gradient(
             *kernel_size,
             *padding,
             *dilation,
-            **dict(zip(("BOX_N", "BOX_T", "BOX_H", "BOX_W"), shape, strict=True)),
+            GROUP=group,
+            **sides(shape),
             **constants,
         )
     else:

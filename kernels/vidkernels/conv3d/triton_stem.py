@@ -405,7 +405,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return g_x, g_weight, g_bias, None, None, None, None
 
 
-forward.register_autograd(_backward, setup_context=_setup)
+forward.register_autograd(_backward, setup_context=_setup)  # type: ignore[attr-defined]
 
 
 @OP.implementation("triton_stem", requires=("triton",), limits=_limits)
@@ -447,7 +447,7 @@ def conv3d(
     step, pad = [*triple(stride, "stride")], [*triple(padding, "padding")]
     shortcut = residual if residual is None else residual.permute(0, 2, 3, 4, 1)
     if wants_gradients(x, weight, bias, residual):
-        y = forward(x, weight, bias, None, step, pad, "none")
+        y: Tensor = forward(x, weight, bias, None, step, pad, "none")
         y = ACTIVATIONS[activation](y if shortcut is None else y + shortcut)
     else:
         y = forward(x, weight, bias, shortcut, step, pad, activation)

@@ -106,7 +106,7 @@ def pack_weight(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """packed[tap, pixel·PIXEL + c, j·C_OUT + o] = weight[o, c, tap, pixel − j·stride]: filters of a group of outputs."""
+    """packed[tap, pixel·PIXEL + c, j·C_OUT + o] = weight[o, c, tap, pixel − j·stride]: a group's filters."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     column = index % COLUMNS
     k = index // COLUMNS % WINDOW
@@ -384,7 +384,7 @@ def input_gradient(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row of the input, in runs of RUN positions: each tap row that meets it adds shifted rows of g times filters."""
+    """A row of the input, in runs of RUN positions: each tap row meeting it adds shifted rows of g times filters."""
     row = tl.program_id(0)
     h = row % height + pad_h
     t = row // height % frames + pad_t

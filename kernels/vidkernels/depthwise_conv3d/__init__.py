@@ -3,7 +3,7 @@
 Source: Feichtenhofer (2020), arXiv:2004.04730 (X3D), §3.1; Tran et al. (2019), arXiv:1904.02811, §3.
 """
 
-from vidkernels.depthwise_conv3d import library, reference
+from vidkernels.depthwise_conv3d import cuda_rolling, library, reference, triton_direct
 from vidkernels.depthwise_conv3d.case import OP, DepthwiseConv3dCase
 
-__all__ = ["OP", "DepthwiseConv3dCase", "library", "reference"]
+__all__ = ["OP", "DepthwiseConv3dCase", "cuda_rolling", "library", "reference", "triton_direct"]

@@ -30,7 +30,8 @@ using host_cuda::cluster_arrive;
 using host_cuda::cluster_rank;
 using host_cuda::cluster_wait;
 
-__device__ inline void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+__device__ inline void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                           unsigned b1) {
     const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
     host_cuda::mma_m16n8k16<SCALAR>(d, a, b);
 }
@@ -206,9 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     });
     for (int i = threadIdx.x; i < ROWS * HIDDEN / 8; i += THREADS) {
         const int row = i / (HIDDEN / 8), column = i % (HIDDEN / 8) * 8;
+        const long long from = static_cast<long long>(first_row + row) * HIDDEN + column;
         uint4 chunk = {0, 0, 0, 0};
-        if (h_0 && first_row + row < N)
-            chunk = __ldg(reinterpret_cast<const uint4*>(h_0 + static_cast<long long>(first_row + row) * HIDDEN + column));
+        if (h_0 && first_row + row < N) chunk = __ldg(reinterpret_cast<const uint4*>(h_0 + from));
         *reinterpret_cast<uint4*>(h + row * PITCH + column) = chunk;
     }
 

@@ -49,7 +49,9 @@ def _candidates(kernel: str, hidden: int, gates: int, rows: int, gpu: Gpu) -> It
         if gpu.capability < 90 or hidden % (8 * cluster) or threads > 512 or gates * units % 32:
             continue
         groups, tiles = (hidden // 32, gates) if kernel == "forward" else (gates * units // 32, cluster)
-        registers = min(255, 65536 // threads // 8 * 8) - _OTHER_REGISTERS
+        # Each quarter of a multiprocessor has registers for 512 threads of 32, whole warps of them.
+        warps = -(-threads // 128)
+        registers = min(255, 512 // warps // 8 * 8) - _OTHER_REGISTERS
         kept = min(groups, registers // (4 * tiles))
         if kept >= 1 and _shared_bytes(kernel, hidden, gates, cluster, kept) <= gpu.shared_bytes:
             yield {"CLUSTER": cluster, "KEPT": kept}

@@ -21,8 +21,9 @@ SIGNATURE = (
     "(Tensor products, Tensor w_hh, Tensor? h, Tensor? c, bool sequence, bool train) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)"
 )
-"""Of a recurrence. `y` is empty without `sequence`. `gates` (N, T, G·H), activated, and `cells` (N, T, H), the c before
-each frame, are empty without `train`, which implies `sequence`. c_n and `cells` of an RNN are empty."""
+"""Of a recurrence. `y` is empty without `sequence`. `gates` (N, T, G·H), activated, in `gates_dtype`, and `cells`
+(N, T, H), the c before each frame, are empty without `train`, which implies `sequence`. c_n and `cells` of an RNN are
+empty."""
 
 BACKWARD_SIGNATURE = (
     "(Tensor? grad_y, Tensor? grad_h, Tensor? grad_c, Tensor w_hh, Tensor gates, Tensor cells) "
@@ -36,6 +37,11 @@ Recurrence = Callable[..., Any]
 def gates_of(w_hh: Tensor) -> int:
     """4 for an LSTM, 1 for an RNN."""
     return w_hh.shape[0] // w_hh.shape[1]
+
+
+def gates_dtype(x: Tensor) -> torch.dtype:
+    """What activated gates are kept in: float16 for bfloat16 too, for they lie within ±1 and three more bits count."""
+    return torch.float32 if x.dtype is torch.float32 else torch.float16
 
 
 def rnn(

@@ -56,23 +56,26 @@ def _exact(x: Tensor) -> bool:
     return x.dtype is torch.float32 and launch.precision(x) == "ieee"
 
 
-def _config(name: str, x: Tensor, w_hh: Tensor, tiles: int) -> tuning.Config:
-    """How to launch a kernel that reads `tiles` numbers per hidden unit in every frame."""
+def _config(name: str, x: Tensor, w_hh: Tensor, read: int, turned: int) -> tuning.Config:
+    """How to launch a kernel that reads `read` numbers of each hidden unit in every frame.
+
+    `turned` of them pass through shared memory from the layout of one instruction to that of another.
+    ."""
     gpu, hidden, gates = launch.gpu_of(x), w_hh.shape[1], layer.gates_of(w_hh)
     key = tuning.Key(dtype_name(x), sizes=(hidden,), form=(gates,), positions=x.shape[0])
-    candidates = list(_candidates(x, hidden, gates, tiles, gpu))
+    candidates = list(_candidates(x, hidden, gates, read, turned, gpu))
     return tuning.pick(f"recurrent/triton_block/{name}", key, candidates, gpu)
 
 
-def _candidates(x: Tensor, hidden: int, gates: int, tiles: int, gpu: Gpu) -> Iterator[tuning.Config]:
+def _candidates(x: Tensor, hidden: int, gates: int, read: int, turned: int, gpu: Gpu) -> Iterator[tuning.Config]:
     rows = 1 if _exact(x) else 16
     tile = rows * _block(hidden) * x.element_size()
     weights = 0 if _exact(x) else gates * _block(hidden) ** 2 * x.element_size()
-    for warps in (8, 4, 16):
-        for ahead in (2, 1):
-            # Six tiles pass from the layout of one instruction to that of another.
-            if weights + (6 + (ahead - 1) * tiles) * tile <= gpu.shared_bytes:
-                yield {"BLOCK_N": rows, "AHEAD": ahead, "num_warps": warps, "num_stages": 1}
+    # The numbers of the next frame are read while this one is computed, where two frames have room.
+    ahead = 2 if weights + (turned + read) * tile <= gpu.shared_bytes else 1
+    # Four warps would have to spill what eight hold of 128 units.
+    for warps in (8, 16) if _block(hidden) > 64 else (8, 4):
+        yield {"BLOCK_N": rows, "AHEAD": ahead, "num_warps": warps, "num_stages": 1}
 
 
 @launch.custom_op("recurrent_block" + layer.SIGNATURE)
@@ -83,9 +86,9 @@ def _forward(
     y = products.new_empty((n, frames, hidden) if sequence else 0)
     h_n = products.new_empty(n, hidden)
     c_n = products.new_empty((n, hidden) if gates == 4 else 0)
-    activated = products.new_empty(products.shape if train else 0)
+    activated = products.new_empty(products.shape if train else 0, dtype=layer.gates_dtype(products))
     cells = products.new_empty((n, frames, hidden) if train and gates == 4 else 0)
-    config = _config("forward", products, w_hh, tiles=gates)
+    config = _config("forward", products, w_hh, read=gates, turned=2)
     launch.triton(
         "recurrent.triton_block_kernels:forward",
         (-(-n // config["BLOCK_N"]),),
@@ -111,16 +114,16 @@ def _backward(
     grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, w_hh: Tensor, activated: Tensor, cells: Tensor
 ) -> tuple[Tensor, Tensor]:
     (n, frames, _), hidden, gates = activated.shape, w_hh.shape[1], layer.gates_of(w_hh)
-    grad_products = torch.empty_like(activated)
-    grad_c_0 = activated.new_empty((n, hidden) if gates == 4 else 0)
+    grad_products = torch.empty_like(activated, dtype=w_hh.dtype)
+    grad_c_0 = w_hh.new_empty((n, hidden) if gates == 4 else 0)
     grad_y, grad_h, grad_c = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_h, grad_c))
-    config = _config("backward", activated, w_hh, tiles=gates + 2 if gates == 4 else 2)
+    config = _config("backward", grad_products, w_hh, read=gates + 2 if gates == 4 else 2, turned=gates + 1)
     launch.triton(
         "recurrent.triton_block_kernels:backward",
         (-(-n // config["BLOCK_N"]),),
         grad_y,
         grad_h,
-        grad_c,
+        grad_c if gates == 4 else None,
         w_hh,
         activated,
         cells if gates == 4 else None,
@@ -128,7 +131,7 @@ def _backward(
         grad_c_0 if gates == 4 else None,
         n,
         frames,
-        **_constants(activated, hidden, gates),
+        **_constants(grad_products, hidden, gates),
         **config,
     )
     return grad_products, grad_c_0

@@ -33,7 +33,7 @@ def _forward(
         cell = products.new_zeros(n, hidden, dtype=torch.float32)
         if c is not None:
             cell.copy_(c)
-    activated = products.new_empty(products.shape if train else 0)
+    activated = products.new_empty(products.shape if train else 0, dtype=layer.gates_dtype(products))
     cells = products.new_empty((n, frames, hidden) if train and gates == 4 else 0)
     grid, constants = Products("forward", products, hidden, columns=gates, sums=(hidden,)).launch()
     for t in range(frames):
@@ -65,14 +65,14 @@ def _backward(
     grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, w_hh: Tensor, activated: Tensor, cells: Tensor
 ) -> tuple[Tensor, Tensor]:
     (n, frames, _), hidden, gates = activated.shape, w_hh.shape[1], layer.gates_of(w_hh)
-    grad_products = torch.empty_like(activated)
+    grad_products = torch.empty_like(activated, dtype=w_hh.dtype)
     grad_cell = None
     if gates == 4:
         grad_cell = activated.new_zeros(n, hidden, dtype=torch.float32)
         if grad_c is not None:
             grad_cell.copy_(grad_c)
     grad_y, grad_h = (None if grad is None else grad.contiguous() for grad in (grad_y, grad_h))
-    grid, constants = Products("backward", activated, hidden, columns=1, sums=(gates * hidden,)).launch()
+    grid, constants = Products("backward", grad_products, hidden, columns=1, sums=(gates * hidden,)).launch()
     for t in reversed(range(frames)):
         launch.triton(
             "recurrent.triton_gates_kernels:backward",
@@ -91,7 +91,7 @@ def _backward(
             GATES=gates,
             **constants,
         )
-    return grad_products, activated.new_empty(0) if grad_cell is None else grad_cell.to(activated.dtype)
+    return grad_products, w_hh.new_empty(0) if grad_cell is None else grad_cell.to(w_hh.dtype)
 
 
 layer.differentiate(_forward, _backward)

@@ -29,6 +29,7 @@ from vidkernels.causal_conv1d.triton_phased import (
     split_rows,
     tile_candidates,
     tile_clocks,
+    waves,
 )
 from vidkernels.launch import Gpu
 from vidkernels.op import wants_gradients
@@ -75,18 +76,17 @@ def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False
         mirror: The gradient, whose second half has C_in columns.
     """
     wide, narrow = padded(sizes.outs), padded(sizes.ins)
-    found: list[tuple[int, dict[str, int]]] = []
+    found: list[tuple[float, dict[str, int]]] = []
     aligned = sizes.ins % 8 == 0 and sizes.outs % 8 == 0
     for tile in tile_candidates(wide, max(wide, narrow), dtype, gpu, aligned=aligned):
         columns = [-(-width // tile["BLOCK_N"]) for width in (wide, narrow if mirror else wide)]
         clocks = [tile_clocks(tile, sizes.taps, depth) for depth in (wide if mirror else narrow, wide)]
         if (tiles := sizes.tiles(tile["BLOCK_M"])) is not None:
             each = sum(number * one for number, one in zip(columns, clocks, strict=True))
-            found.append((-(-tiles.count // gpu.processors) * each, {"FUSED": 1, **tile}))
-        count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).count
-        waves = [-(-count * number // gpu.processors) for number in columns]
-        cost = LAUNCH_CLOCKS + sum(number * one for number, one in zip(waves, clocks, strict=True))
-        found.append((cost, {"FUSED": 0, **tile}))
+            found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile}))
+        count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).total
+        halves = (waves(count * number, gpu) * one for number, one in zip(columns, clocks, strict=True))
+        found.append((LAUNCH_CLOCKS + sum(halves), {"FUSED": 0, **tile}))
     found.sort(key=lambda pair: pair[0])
     return [config for _, config in found[:8]]
 
@@ -103,8 +103,8 @@ class Plan(NamedTuple):
     def grid(self, columns: tuple[int, int], half: tuple[bool, bool]) -> tuple[int, int]:
         """Of the launch of a half, or of both at once."""
         if all(half):
-            return self.tiles.count, 1
-        return self.tiles.count, -(-columns[half[1]] // self.config["BLOCK_N"])
+            return self.tiles.total, 1
+        return self.tiles.total, -(-columns[half[1]] // self.config["BLOCK_N"])
 
 
 def _plan(x: Tensor, sizes: Sizes, direction: str, *, second: bool = True) -> Plan:
@@ -164,7 +164,7 @@ def _forward(
     y = x.new_empty(batch, frames, outs)
     hidden = x.new_empty(batch, frames, wide) if keep or not fused else None
     gates = x.new_empty(batch, frames, wide, dtype=torch.uint8) if keep else None
-    scratch = x.new_empty(plan.tiles.count, plan.config["BLOCK_M"], wide) if fused else None
+    scratch = x.new_empty(plan.tiles.total, plan.config["BLOCK_M"], wide) if fused else None
     threshold, scale = dropout(dropout_p)
     for half in plan.halves:
         launch.triton(
@@ -238,7 +238,7 @@ def _input_gradient(
     w1, w2, down = filters.split(sizes.filters)
     plan = _plan(x, sizes, "input_gradient", second=whole)
     fused = all(plan.halves[0])
-    scratch = x.new_empty(plan.tiles.count, plan.config["BLOCK_M"], wide) if fused else None
+    scratch = x.new_empty(plan.tiles.total, plan.config["BLOCK_M"], wide) if fused else None
     for half in plan.halves:
         launch.triton(
             f"{_KERNELS}:input_gradient",
@@ -338,7 +338,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return *(value if want else None for value, want in zip(found, wanted, strict=True)), *(None,) * 4
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+_forward.register_autograd(_backward, setup_context=_setup)  # type: ignore[attr-defined]
 
 
 def _limits(case: TcnBlockCase) -> str | None:

@@ -13,8 +13,6 @@ from vidkernels.causal_conv1d.triton_phased_kernels import (
     finish_filter,
     pack_filter,
     phased_rows,
-    remember,
-    step_tile,
 )
 
 PASSED = tl.constexpr(1)
@@ -51,7 +49,8 @@ def prepare(
     o = tl.program_id(0)
     if tl.program_id(1) == 0:
         pack_filter(
-            v1, g1, b1, w1_packed, vectors + 3 * padded_outs, vectors, o, ins, outs, padded_ins, padded_outs, taps, BLOCK
+            v1, g1, b1, w1_packed, vectors + 3 * padded_outs, vectors, o, ins, outs, padded_ins, padded_outs, taps,
+            BLOCK,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         pack_filter(

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from vidkernels.causal_conv1d.triton_phased_kernels import remember, step_tile
+from vidkernels.causal_conv1d.triton_phased_step_kernels import remember, step_tile
 from vidkernels.tcn_block.triton_fused_kernels import drop, relu
 
 

@@ -1,0 +1,155 @@
+"""Depthwise 3D convolution in Triton, tap by tap: any kernel, stride and dilation; README.md tells how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from vidkernels import launch, tuning
+from vidkernels.depthwise_conv3d.autograd import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Ops, three
+from vidkernels.depthwise_conv3d.case import OP, DepthwiseConv3dCase
+from vidkernels.op import dtype_name
+from vidkernels.shapes import Triple, conv_sizes
+
+_MODULE = "depthwise_conv3d.triton_direct_kernels"
+_PARTS = 512
+"""Partial sums of the weight's gradient, at about which enough programs run."""
+
+
+def _candidates(positions: int, channels: int) -> Iterator[dict[str, int]]:
+    """Tiles of 1024 and 2048 elements: fewer idle channels and positions first, then wider rows."""
+    found = []
+    for block_c in (64, 32, 16, 128):
+        for elements in (2048, 1024):
+            block_p = elements // block_c
+            used = channels / (ceil(channels / block_c) * block_c) * positions / (ceil(positions / block_p) * block_p)
+            found.append((-used * (0.9 if block_c == 16 else 1.0), len(found), block_p, block_c))
+    for _, _, block_p, block_c in sorted(found)[:4]:
+        yield {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": 4, "num_stages": 1}
+
+
+def _config(kind: str, tensor: Tensor, channels: int, form: Sequence[int], clips: int, result: Triple) -> tuning.Config:
+    key = tuning.Key(dtype_name(tensor), (channels,), tuple(form), clips * prod(result))
+    candidates = list(_candidates(result[1] * result[2], channels))
+    return tuning.pick(f"depthwise_conv3d/triton_direct/{kind}", key, candidates, launch.gpu_of(tensor))
+
+
+def _constants(channels: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+    names = {"K": kernel, "S": stride, "D": dilation}
+    return {"C": channels} | {a + axis: n for a, ns in names.items() for axis, n in zip("THW", ns, strict=True)}
+
+
+def _gather(
+    kind: str,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    result_sizes: Triple,
+    form: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    activation: str = "none",
+) -> Tensor:
+    """One launch of `gather` over (N, T, H, W, C)."""
+    n, *sizes, c = source.shape
+    stride, padding, dilation = form
+    kernel = weight.shape[2:]
+    config = dict(_config(kind, source, c, (*kernel, *stride, *dilation), n, result_sizes))
+    result = source.new_empty(n, *result_sizes, c)
+    t, h, w = result_sizes
+    grid = n * t * ceil(h * w / config["BLOCK_P"]), ceil(c / config["BLOCK_C"])
+    args = source.contiguous(), weight.contiguous(), bias, result, *sizes, *result_sizes, *padding
+    constants = _constants(c, kernel, stride, dilation)
+    flags = {"TRANSPOSED": kind == "input_gradient", "ACTIVATION": activation}
+    launch.triton(f"{_MODULE}:gather", grid, *args, **constants, **flags, **config)
+    return result
+
+
+@launch.custom_op("depthwise_conv3d_direct" + FORWARD)
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    kernel = three(weight.shape[2:])
+    out = conv_sizes(three(x.shape[1:4]), kernel, three(stride), three(padding), three(dilation))
+    return _gather("forward", x, weight, bias, out, (stride, padding, dilation), activation)
+
+
+@launch.custom_op("depthwise_conv3d_direct_input_gradient" + INPUT_GRADIENT)
+def _input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    return _gather("input_gradient", gradient, weight, None, three(sizes), (stride, padding, dilation))
+
+
+@launch.custom_op("depthwise_conv3d_direct_weight_gradient" + WEIGHT_GRADIENT)
+def _weight_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    gradient = gradient.contiguous()
+    n, *sizes, c = x.shape
+    out = three(gradient.shape[1:4])
+    config = dict(_config("weight_gradient", x, c, (*kernel, *stride, *dilation), n, out))
+    blocks = ceil(out[1] * out[2] / config["BLOCK_P"])
+    frames = n * out[0]
+    splits = max(1, min(frames, _PARTS // blocks))
+    width = min(kernel[2], 3)
+    parts = blocks * splits
+    partial = x.new_empty(parts, prod(kernel), c, dtype=torch.float32)
+    grid = parts, kernel[0] * kernel[1] * ceil(kernel[2] / width), ceil(c / config["BLOCK_C"])
+    args = x.contiguous(), gradient, partial, frames, splits, *sizes, *out, *padding
+    constants = _constants(c, kernel, stride, dilation)
+    launch.triton(f"{_MODULE}:correlate", grid, *args, **constants, WIDTH=width, **config)
+    weight_gradient = x.new_empty(c, 1, *kernel)
+    launch.triton(
+        f"{_MODULE}:sum_parts", (prod(kernel), ceil(c / 32)), partial, weight_gradient, parts,
+        C=c, TAPS=prod(kernel), BLOCK_S=32, BLOCK_C=32, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    bias_gradient = gradient.sum((0, 1, 2, 3), dtype=torch.float32).to(x.dtype) if bias else x.new_empty(0)
+    return weight_gradient, bias_gradient
+
+
+_OPS = Ops(_forward, _input_gradient, _weight_gradient)
+
+
+def _limits(case: DepthwiseConv3dCase) -> str | None:
+    if why := launch.dtype_refusal(case, "fp32", "tf32", "fp16", "bf16"):
+        return why
+    frame = max(prod(case.sizes[1:]), prod(case.y_shape[3:])) * case.in_channels
+    return "one frame has 2**31 elements or more" if frame >= 2**31 else None
+
+
+@OP.implementation("triton_direct", requires=("triton",), limits=_limits)
+def depthwise_conv3d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Triple = 1,
+    padding: int | Triple = 0,
+    dilation: int | Triple = 1,
+    activation: str = "none",
+) -> Tensor:
+    """y = activation(b + Σ taps), (N, C, T', H', W') channels-last, one program for each tile of positions and channels.
+
+    Raises:
+        ValueError: dtypes that differ.
+    """
+    return _OPS(x, weight, bias, stride, padding, dilation, activation)
