@@ -125,7 +125,8 @@ class Call:
             for look in dict.fromkeys(looks)
         ]  # fmt: skip
         if self.smoke:
-            units = [unit for unit in units if unit.values["op"] == plan.SMOKE_LAYERS[0].op][:2]
+            small = {"op": plan.SMOKE_LAYERS[0].op, "case_name": "odd"}
+            units = [unit for unit in units if small.items() <= unit.values.items()][:2]
         self._run("sanitize", units, deadline, processes=SANITIZERS)
 
     def _layers(self, deadline: float) -> None:

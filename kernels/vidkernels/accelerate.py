@@ -22,7 +22,7 @@ class Row:
     """One layer, or the few that one op can stand for."""
 
     name: str
-    """Of the layer in the model; of several, the first to the last: `stem.0-3`."""
+    """Of the layer in the model, empty for the model itself; of several, the first to the last: `stem.0-3`."""
     kind: str
     """The class of `vidkernels.nn` that would take its place."""
     op: str
@@ -110,6 +110,11 @@ class _Candidate:
     reason: str = "it was not called on the example"
     inputs: list[Tensor] = field(default_factory=list)
 
+    def drop(self, reason: str) -> None:
+        """Keeps the model's own; the first reason stands."""
+        if self.made is not None:
+            self.made, self.reason = None, reason
+
     @property
     def name(self) -> str:
         last = self.paths[-1].rpartition(".")[2]
@@ -139,23 +144,24 @@ def accelerate(
             op's tolerance, as both sides are rounded, and for the model that of every swapped layer together.
 
     Returns:
-        The model, and a report that prints as a table. Folded layers hold parameters by other names: load weights
-        into the original, and accelerate again.
+        The model, and a report that prints as a table. Of a group, the first place holds the new layer and the others
+        `Identity`, so names of parameters change: load weights into the original, and accelerate again.
     """
     args = example if isinstance(example, tuple) else (example,)
     new = copy.deepcopy(model).eval()
+    slot = nn.ModuleDict({"model": new})
     candidates = [*_candidates(new)]
     with torch.no_grad():
         for candidate in candidates:
             _make(candidate, implementation)
-        handles = [handle for candidate in candidates for handle in _watch(new, candidate, implementation, tolerance)]
+        handles = [handle for candidate in candidates for handle in _watch(new, candidate, tolerance)]
         try:
             want = new(*args)
         finally:
             for handle in handles:
                 handle.remove()
-        rows, undo, gates = _swap(new, candidates, tolerance)
-        got = new(*args)
+        rows, undo, gates = _swap(slot, candidates)
+        got = slot["model"](*args)
     error = max(
         (relative_error(one, other) for one, other in zip(_tensors(got), _tensors(want), strict=True)), default=0.0
     )
@@ -165,7 +171,7 @@ def accelerate(
             put_back()
         why = f"all was undone: the whole model's error {error:.1e} exceeds {gate:.1e}"
         rows = [replace(row, swapped=False, reason=why) if row.swapped else row for row in rows]
-    return new, Report(tuple(rows), error)
+    return slot["model"], Report(tuple(rows), error)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -176,7 +182,10 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """What could be swapped, the larger groups first."""
     groups: list[_Candidate] = []
     singles: list[_Candidate] = []
+    done = [path for path, module in model.named_modules() if isinstance(module, layers.Layer)]
     for path, module in model.named_modules():
+        if any(_within(path, other) for other in done):
+            continue
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             groups += _of_sequence(path, module)
         singles += _of_module(path, module)
@@ -194,7 +203,7 @@ def _of_sequence(path: str, sequence: nn.Sequential) -> Iterator[_Candidate]:
         kinds = [type(part) for part in rest]
         if kinds == [nn.BatchNorm3d, nn.ReLU, nn.Conv3d] and first.kernel_size[0] == 1 != rest[2].kernel_size[0]:
             pair = sequence if len(parts) == 4 else nn.Sequential(first, *rest)
-            paths = (path,) if len(parts) == 4 and path else tuple(names[i : i + 4])
+            paths = (path,) if len(parts) == 4 else tuple(names[i : i + 4])
             yield _Candidate(paths, "Conv2plus1d", lambda pair=pair: layers.Conv2plus1d.of(pair))  # type: ignore[misc]
         if kinds[0] is nn.BatchNorm3d:
             known = len(kinds) > 1 and kinds[1] in layers.ACTIVATION_NAMES
@@ -245,30 +254,32 @@ def _make(candidate: _Candidate, implementation: str | Mapping[str, str]) -> Non
         candidate.made = made.eval()
 
 
-def _watch(
-    model: nn.Module, candidate: _Candidate, implementation: str | Mapping[str, str], tolerance: float | None
-) -> Iterator[Any]:
+def _watch(model: nn.Module, candidate: _Candidate, tolerance: float | None) -> Iterator[Any]:
     """Hooks that compare the candidate with what it stands for, in every call."""
     if candidate.made is None:
         return
     modules = [model.get_submodule(path) for path in candidate.paths]
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
-        candidate.made, candidate.reason = None, "it has hooks"
+        candidate.drop("it has hooks")
         return
 
     def before(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if len(args) + len(keywords) > 1:
-            candidate.made, candidate.reason = None, "it was called with more than features"
+        values = (*args, *keywords.values())
+        if len(values) != 1 or not isinstance(values[0], Tensor):
+            candidate.drop("it was called with more than features, or with something else")
+            return
         # An activation in place may write to it before the group has ended.
-        candidate.inputs.append(next(iter((*args, *keywords.values()))).detach().clone())
+        candidate.inputs.append(values[0].detach().clone())
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        x = candidate.inputs.pop()
-        if candidate.made is not None:
+        if not candidate.inputs:
+            candidate.drop("its layers are called apart as well")
+        elif candidate.made is not None:
             try:
-                _compare(candidate, x, output, tolerance)
+                _compare(candidate, candidate.inputs[-1], output, tolerance)
             except (Unavailable, ValueError) as error:
-                candidate.made, candidate.reason = None, str(error)
+                candidate.drop(str(error))
+        candidate.inputs = candidate.inputs[:-1]
 
     yield modules[0].register_forward_pre_hook(before, with_kwargs=True)
     yield modules[-1].register_forward_hook(after)
@@ -289,7 +300,7 @@ def _compare(candidate: _Candidate, x: Tensor, want: Any, tolerance: float | Non
         chosen = choosing.choose(op, case, x.device).implementation
         candidate.implementation = chosen
         if chosen == "library" and candidate.kind != "ConvBnAct3d":
-            candidate.made, candidate.reason = None, "torch's own is the fastest known"
+            candidate.drop("torch's own is the fastest known")
             return
     got = made(x)
     pairs = zip(_tensors(got), _tensors(want), strict=True)
@@ -297,7 +308,7 @@ def _compare(candidate: _Candidate, x: Tensor, want: Any, tolerance: float | Non
     candidate.error = max(error, candidate.error or 0.0)
     gate = _gate(candidate, x, tolerance)
     if not error <= gate:
-        candidate.made, candidate.reason = None, f"its outputs differ: error {error:.1e} exceeds {gate:.1e}"
+        candidate.drop(f"its outputs differ: error {error:.1e} exceeds {gate:.1e}")
     else:
         candidate.reason = ""
 
@@ -306,17 +317,18 @@ def _gate(candidate: _Candidate, x: Tensor, tolerance: float | None) -> float:
     return 2 * OPS[candidate.op].tolerances[dtype_name(x)].forward if tolerance is None else tolerance
 
 
-def _swap(
-    model: nn.Module, candidates: list[_Candidate], tolerance: float | None
-) -> tuple[list[Row], list[Callable[[], None]], list[float]]:
+def _swap(slot: nn.ModuleDict, candidates: list[_Candidate]) -> tuple[list[Row], list[Callable[[], None]], list[float]]:
     """Puts the accepted ones in place, larger groups first; returns how to undo it, and what error each may add."""
     rows: list[Row] = []
     undo: list[Callable[[], None]] = []
     gates: list[float] = []
     taken: set[str] = set()
+    order = {path: i for i, (path, _) in enumerate(slot["model"].named_modules())}
     for candidate in candidates:
         if any(_within(path, other) for path in candidate.paths for other in taken):
             continue
+        if candidate.inputs:
+            candidate.drop("its layers are called apart as well")
         swapped = candidate.made is not None and candidate.reason == ""
         rows.append(
             Row(
@@ -336,19 +348,18 @@ def _swap(
         gates.append(2 * OPS[candidate.op].tolerances[candidate.case.dtype].forward)
         taken.update(candidate.paths)
         first, *others = candidate.paths
-        undo += [_put(model, first, candidate.made), *(_put(model, path, nn.Identity()) for path in others)]
-    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    rows.sort(key=lambda row: order.get(row.name.partition("-")[0], 0))
+        undo += [_put(slot, first, candidate.made), *(_put(slot, path, nn.Identity()) for path in others)]
+    rows.sort(key=lambda row: order[row.name.partition("-")[0]])
     return rows, undo, gates
 
 
 def _within(path: str, other: str) -> bool:
-    return path == other or path.startswith(f"{other}.")
+    return not other or path == other or path.startswith(f"{other}.")
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> Callable[[], None]:
-    parent, _, name = path.rpartition(".")
-    holder = model.get_submodule(parent)
+def _put(slot: nn.ModuleDict, path: str, module: nn.Module) -> Callable[[], None]:
+    parent, _, name = f"model.{path}".rstrip(".").rpartition(".")
+    holder = slot.get_submodule(parent)
     before = holder._modules[name]
     holder._modules[name] = module
 

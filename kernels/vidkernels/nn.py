@@ -28,8 +28,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class _Layer(nn.Module):
-    """A module that is one call of one op."""
+class Layer(nn.Module):
+    """A module that is a call of an op."""
 
     op: str
     """Its name in `OPS`."""
@@ -107,7 +107,7 @@ def _conv3d_call(layer: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | Non
     return (x, weight, bias), parameters
 
 
-class Conv3d(_Layer, nn.Conv3d):
+class Conv3d(Layer, nn.Conv3d):
     """3D convolution, dense or depthwise, and an activation."""
 
     activation: str
@@ -139,7 +139,7 @@ class Conv3d(_Layer, nn.Conv3d):
         return y
 
 
-class ConvBnAct3d(_Layer):
+class ConvBnAct3d(Layer):
     """3D convolution, batch norm and an activation: one convolution in evaluation, three layers in training.
 
     The folded filters are w·γ/√(σ² + ε), in float32 and rounded once; they are worked out anew when a parameter or a
@@ -231,7 +231,7 @@ ACTIVATION_NAMES: Mapping[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "si
 """Modules that an op may end with."""
 
 
-class Conv2plus1d(_Layer, nn.Sequential):
+class Conv2plus1d(Layer, nn.Sequential):
     """1×k×k convolution, batch norm, ReLU, k×1×1 convolution, as the four layers of a Sequential."""
 
     op = "conv2plus1d"
@@ -295,7 +295,7 @@ class Conv2plus1d(_Layer, nn.Sequential):
         return y
 
 
-class CausalConv1d(_Layer, nn.Conv1d):
+class CausalConv1d(Layer, nn.Conv1d):
     """Causal dilated 1-D convolution on (N, C, T), as a layer that pads by itself."""
 
     op = "causal_conv1d"
@@ -327,7 +327,7 @@ class CausalConv1d(_Layer, nn.Conv1d):
         return y
 
 
-class TcnBlock(_Layer):
+class TcnBlock(Layer):
     """TCN residual block on (N, C, T), of a module with the names of Bai, Kolter & Koltun's code.
 
     Its class derives from the block's, whose other methods, such as one for a stream, stay what they are.
@@ -395,7 +395,7 @@ def _filters(conv: Any) -> Tensor | WeightNorm:
     return weight
 
 
-class _Recurrent(_Layer, nn.RNNBase):
+class _Recurrent(Layer, nn.RNNBase):
     """Layers of one cell, one above the other, on (N, T, F)."""
 
     @classmethod

@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
     # Before any kernel is defined: Triton's decorator reads it then.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from host_cuda import cuda_on_cpu  # noqa: F401  used by every test: CUDA C++ runs on the CPU
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:

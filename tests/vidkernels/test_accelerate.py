@@ -145,7 +145,9 @@ def test_auto_keeps_what_torch_does_best() -> None:
     assert (row.implementation, row.reason) == ("library", "torch's own is the fastest known")
 
 
-@pytest.mark.parametrize("case", ["tolerance", "hooks", "called otherwise", "unused", "limits", "unknown", "groups"])
+@pytest.mark.parametrize(
+    "case", ["tolerance", "hooks", "called otherwise", "packed", "apart", "unused", "limits", "unknown", "groups"]
+)
 def test_what_is_kept_has_a_reason(case: str) -> None:
     conv: nn.Module = nn.Conv3d(3, 4, 3, padding=1, groups=1)
     options: dict[str, Any] = {"implementation": "reference"}
@@ -158,6 +160,10 @@ def test_what_is_kept_has_a_reason(case: str) -> None:
         why = "it has hooks"
     elif case == "called otherwise":
         model, example, why = _Stateful(), torch.randn(1, 2, 4), "it was called with more than features"
+    elif case == "packed":
+        model, example, why = _Packed(), torch.randn(1, 2, 4), "or with something else"
+    elif case == "apart":
+        model, why = _Apart(), "its layers are called apart as well"
     elif case == "unused":
         model, why = _Unused(), "it was not called on the example"
     elif case == "limits":
@@ -180,6 +186,27 @@ class _Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.rnn(x, torch.ones(1, x.shape[0], 5))[0]
+        return y
+
+
+class _Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.RNN(4, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_sequence(list(x))
+        y: Tensor = self.rnn(packed)[1]
+        return y
+
+
+class _Apart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x) + self.layers[0](x)
         return y
 
 

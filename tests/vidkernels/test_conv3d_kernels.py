@@ -24,6 +24,8 @@ pytest.importorskip("triton")
 
 OP = OPS["conv3d"]
 NAME = "triton_igemm"
+Geometry = tuple[Triple, Triple, Triple]
+"""Stride, padding, dilation."""
 ARCHITECTURES = [pytest.param(launch.TARGETS[name], id=name) for name in ("sm_80", "sm_90")]
 """The first gathers rows by pointers, the second fetches boxes where the stride is 1."""
 
@@ -34,8 +36,8 @@ def _on_a_cpu() -> None:
         pytest.skip(why)
 
 
-def _agrees(dtype: str = "fp32", training: bool = True, **values: Any) -> None:
-    case = OP.case({"batch_size": 1, **values}, dtype=dtype, training=training)
+def _agrees(dtype: str = "fp32", **values: Any) -> None:
+    case = OP.case({"batch_size": 1, **values}, dtype=dtype, training=True)
     assert not check(OP, NAME, case).failures(OP, case)
 
 
@@ -43,7 +45,7 @@ def _random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> T
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _three(x: Tensor, weight: Tensor, g: Tensor, *geometry: Triple) -> list[Tensor]:
+def _three(x: Tensor, weight: Tensor, g: Tensor, geometry: Geometry) -> list[Tensor]:
     """Result, input gradient and weight gradient of channels-last tensors."""
     y = forward(x, weight, None, None, *geometry, "none")
     gx = input_gradient(g, weight, tuple(x.shape), *geometry)
@@ -51,15 +53,15 @@ def _three(x: Tensor, weight: Tensor, g: Tensor, *geometry: Triple) -> list[Tens
     return [y, gx, weight_gradient(x, g, (size[0], size[1], size[2]), *geometry)]
 
 
-def _exact(x: Tensor, weight: Tensor, g: Tensor, *geometry: Triple) -> list[Tensor]:
+def _exact(x: Tensor, weight: Tensor, g: Tensor, geometry: Geometry) -> list[Tensor]:
     """The same in float64, by the reference."""
     x, weight = (t.double().permute(0, 4, 1, 2, 3).requires_grad_() for t in (x, weight))
-    y = reference(x, weight, stride=geometry[0], padding=geometry[1], dilation=geometry[2])
+    y: Tensor = reference(x, weight, stride=geometry[0], padding=geometry[1], dilation=geometry[2])
     gx, gw = torch.autograd.grad(y, (x, weight), g.double().permute(0, 4, 1, 2, 3))
     return [t.detach().permute(0, 2, 3, 4, 1) for t in (y, gx, gw)]
 
 
-GEOMETRY: tuple[Triple, Triple, Triple] = (1, 1, 1), (1, 0, 1), (1, 1, 1)
+GEOMETRY: Geometry = (1, 1, 1), (1, 0, 1), (1, 1, 1)
 EACH = [pytest.param(i, id=name) for i, name in enumerate(("forward", "input_gradient", "weight_gradient"))]
 
 
@@ -70,14 +72,15 @@ def _operands() -> tuple[Tensor, Tensor, Tensor]:
 
 def _choices(gpu: launch.Gpu) -> list[Chosen]:
     with launch.assume(gpu), tuning.watching() as chosen:
-        _three(*(t.to("meta") for t in _operands()), *GEOMETRY)
+        x, weight, g = (t.to("meta") for t in _operands())
+        _three(x, weight, g, GEOMETRY)
     return chosen
 
 
 @pytest.mark.parametrize("what", ["even kernel", "dilated", "uneven strides", "one position", "residual", "relu"])
 def test_rows_gathered_by_pointers(what: str) -> None:
     with launch.assume(launch.TARGETS["sm_80"]):
-        _agrees(**AWKWARD["conv3d"][what])
+        _agrees("fp32", **AWKWARD["conv3d"][what])
 
 
 @pytest.mark.parametrize("gpu", ARCHITECTURES)
@@ -92,15 +95,15 @@ def test_many_tiles(gpu: launch.Gpu, dtype: str) -> None:
 @pytest.mark.parametrize("which", EACH)
 def test_every_configuration(gpu: launch.Gpu, which: int) -> None:
     operands = _operands()
-    want = _exact(*operands, *GEOMETRY)[which]
+    want = _exact(*operands, GEOMETRY)[which]
     chosen = _choices(gpu)[which]
     for config in chosen.candidates:
         with launch.assume(gpu), tuning.forced(chosen.kernel, chosen.key, config):
-            got = _one(which, *operands, *GEOMETRY)
+            got = _one(which, *operands, GEOMETRY)
         assert relative_error(got, want) < OP.tolerances["fp16"].forward, config
 
 
-def _one(which: int, x: Tensor, weight: Tensor, g: Tensor, *geometry: Triple) -> Tensor:
+def _one(which: int, x: Tensor, weight: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     calls: list[Callable[[], Tensor]] = [
         lambda: forward(x, weight, None, None, *geometry, "none"),
         lambda: input_gradient(g, weight, tuple(x.shape), *geometry),
@@ -118,12 +121,12 @@ def test_parts_of_the_depth(gpu: launch.Gpu) -> None:
         stack.enter_context(launch.assume(gpu))
         for chosen in _choices(gpu):
             stack.enter_context(tuning.forced(chosen.kernel, chosen.key, {**chosen.config, "SPLIT": 3}))
-        first, again = (_three(x, weight, g, *GEOMETRY) for _ in range(2))
+        first, again = (_three(x, weight, g, GEOMETRY) for _ in range(2))
         fused = forward(x, weight, bias, residual, *GEOMETRY, "silu")
-    for got, same, want in zip(first, again, _exact(x, weight, g, *GEOMETRY), strict=True):
+    for got, same, want in zip(first, again, _exact(x, weight, g, GEOMETRY), strict=True):
         assert torch.equal(got, same)
         assert relative_error(got, want) < OP.tolerances["fp16"].forward
-    raw = _exact(x, weight, g, *GEOMETRY)[0]
+    raw = _exact(x, weight, g, GEOMETRY)[0]
     want = torch.nn.functional.silu(raw + bias.double() + residual.double())
     assert relative_error(fused, want) < OP.tolerances["fp16"].forward
 
@@ -135,9 +138,16 @@ def test_parts_of_the_depth(gpu: launch.Gpu) -> None:
 @pytest.mark.parametrize("gpu", ARCHITECTURES)
 def test_positions_that_no_tap_meets(gpu: launch.Gpu, kernel_size: Triple, stride: Triple, dilation: Triple) -> None:
     """Strides longer than kernels, and strides that share a factor with the dilation, leave zeros."""
-    values = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation, "padding": (1, 0, 2)}
+    sizes: dict[str, Any] = {
+        "in_channels": 5,
+        "out_channels": 6,
+        "clip_length": 4,
+        "height": 6,
+        "width": 7,
+        "padding": (1, 0, 2),
+    }
     with launch.assume(gpu):
-        _agrees(in_channels=5, out_channels=6, clip_length=4, height=6, width=7, **values)
+        _agrees("fp32", **sizes, kernel_size=kernel_size, stride=stride, dilation=dilation)
 
 
 def test_opcheck() -> None:
@@ -197,7 +207,7 @@ def _launched(*wanted: str) -> Iterator[str]:
     """The kernels of a backward pass that wants these gradients."""
     shapes = {"x": (2, 8, 4, 9, 9), "weight": (16, 8, 3, 3, 3), "bias": (16,)}
     tensors = {name: torch.empty(shape, device="meta", requires_grad=name in wanted) for name, shape in shapes.items()}
-    y = conv3d(**tensors, padding=1)
+    y = conv3d(tensors["x"], tensors["weight"], tensors["bias"], padding=1)
     with launch.recording(launch.TARGETS["sm_90"]) as launches:
         torch.autograd.grad(y.sum(), [tensors[name] for name in wanted])
     for one in launches:

@@ -20,7 +20,7 @@ MATMUL = OP["matmul"]
 
 SIZES = {"batch_size": 1, "in_channels": 3, "out_channels": 6, "clip_length": 2, "height": 4, "width": 7}
 AWKWARD: dict[str, dict[str, Any]] = {
-    "odd sizes": {"batch_size": 2, "height": 3, "bias": True},
+    "odd sizes": {"batch_size": 2, "clip_length": 1, "height": 3, "bias": True},
     "one position": {"clip_length": 1, "height": 1, "width": 1},
     "strided": {"stride": (2, 2, 2), "clip_length": 3},
     "uneven strides": {"stride": (1, 3, 2), "kernel_size": (1, 3, 3)},
@@ -32,9 +32,9 @@ AWKWARD: dict[str, dict[str, Any]] = {
     "more padding than kernel": {"padding": (1, 3, 3), "kernel_size": (1, 2, 3), "clip_length": 1},
     "7 taps": {"kernel_size": (1, 7, 7), "stride": (1, 2, 2), "bias": True, "activation": "relu"},
     "a window in two parts": {"kernel_size": (1, 2, 19), "clip_length": 1, "width": 20},
-    "one channel": {"in_channels": 1, "kernel_size": (1, 3, 3), "residual": True, "activation": "silu"},
+    "one channel": {"in_channels": 1, "height": 2, "kernel_size": (1, 3, 3), "residual": True, "activation": "silu"},
     "flow": {"in_channels": 2, "stride": (1, 2, 2), "clip_length": 1, "bias": True},
-    "four channels": {"in_channels": 4, "kernel_size": (1, 3, 3), "residual": True, "activation": "relu"},
+    "four channels": {"in_channels": 4, "height": 2, "kernel_size": (1, 3, 3), "residual": True, "activation": "relu"},
     "empty batch": {"batch_size": 0},
 }
 LARGE = {**SIZES, "out_channels": 45, "height": 12, "width": 30, "kernel_size": (1, 3, 3), "bias": True}

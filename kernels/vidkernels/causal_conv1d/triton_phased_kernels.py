@@ -166,14 +166,16 @@ def pack_filter(v, g, bias, w, lengths, bias_out, o, ins, outs, padded_ins, padd
     size = ins * taps
     base = v + tl.where(o < outs, o, 0) * size
     factor = 1.0
+    length = 1.0
     if g is not None:
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, size, BLOCK):
             value = tl.load(base + start + e, mask=start + e < size, other=0.0).to(tl.float32)
             squares += value * value
         length = tl.sqrt(tl.sum(squares))
-        tl.store(lengths + o, length)
         factor = tl.load(g + tl.where(o < outs, o, 0)).to(tl.float32) / length
+    if lengths is not None:
+        tl.store(lengths + o, length)
     # In the order of v, channels outer and taps inner: v is read in whole lines.
     for start in range(0, padded_ins * taps, BLOCK):
         r = start + e

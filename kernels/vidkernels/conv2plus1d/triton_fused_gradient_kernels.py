@@ -9,6 +9,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _within(n, count):
+    """Channels of a tile, those beyond `count`, a multiple of 16, replaced by 0 to 15, in runs that load as vectors."""
+    return tl.max_contiguous(tl.multiple_of(tl.where(n < count, n, n % 16), 16), 16)
+
+
+@triton.jit
 def _write_gradient(
     acc, raw, gz, affine, rows, live, n, mid_channels, tile, sums, products
 ):  # fmt: skip
@@ -86,11 +92,11 @@ def hidden_gradient(
     g += (clip0.to(tl.int64) * out_frames + frame0) * pixels * out_channels
 
     n = column + tl.arange(0, BLOCK_N)
-    filters = tl.where(n < mid_channels, n, 0)
+    filters = _within(n, mid_channels)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BLOCK_N2:
         n2 = column + BLOCK_N + tl.arange(0, BLOCK_N2)
-        filters2 = tl.where(n2 < mid_channels, n2, 0)
+        filters2 = _within(n2, mid_channels)
         acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
     taps = (tl.maximum(KERNEL_T - tap0, 0) + STRIDE - 1) // STRIDE
     q = 0
@@ -188,14 +194,15 @@ def raw_gradient(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < mid_channels
     inside = (first + lane < positions)[:, None] & known[None, :]
-    c = tl.where(known, c, 0)
     start = first.to(tl.int64) * mid_channels
-    place = tl.where(first + lane < positions, lane * mid_channels, 0)[:, None] + c[None, :]
+    place = lane[:, None] * mid_channels + c[None, :]
     grad = tl.load(gz + start + place, mask=inside, other=0.0).to(tl.float32)
     if BATCH:
-        away = tl.load(raw + start + place, mask=inside, other=0.0).to(tl.float32) - tl.load(affine + c)[None, :]
-        grad -= tl.load(coefficients + c)[None, :] + away * tl.load(coefficients + mid_channels + c)[None, :]
-    grad *= tl.load(affine + 2 * mid_channels + c)[None, :]
+        value = tl.load(raw + start + place, mask=inside, other=0.0).to(tl.float32)
+        away = value - tl.load(affine + c, mask=known, other=0.0)[None, :]
+        grad -= tl.load(coefficients + c, mask=known, other=0.0)[None, :]
+        grad -= away * tl.load(coefficients + mid_channels + c, mask=known, other=0.0)[None, :]
+    grad *= tl.load(affine + 2 * mid_channels + c, mask=known, other=0.0)[None, :]
     tl.store(gz + start + place, grad.to(gz.dtype.element_ty), mask=inside)
 
 
@@ -215,6 +222,7 @@ def temporal_weight(
     rows_each,
     KERNEL_T: tl.constexpr,
     STRIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_N2: tl.constexpr,
@@ -224,19 +232,20 @@ def temporal_weight(
     """Partial gradients of the temporal filters, (splits, C_out, kT, M) in float32: g against relu(bn(raw)).
 
     program_id: (tap, tile of M; tile of C_out; split); every split sums `rows_each` output positions in order.
+    ALIGNED: C_out is a multiple of 16.
     """
     columns = tl.cdiv(mid_channels, BLOCK_N + BLOCK_N2)
     tap = tl.program_id(0) // columns
     column = (tl.program_id(0) % columns) * (BLOCK_N + BLOCK_N2)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_safe = tl.where(m < out_channels, m, 0)
+    m_safe = _within(m, out_channels) if ALIGNED else tl.where(m < out_channels, m, 0)
     n = column + tl.arange(0, BLOCK_N)
-    n_safe = tl.where(n < mid_channels, n, 0)
+    n_safe = _within(n, mid_channels)
     scale, shift = tl.load(affine + 2 * mid_channels + n_safe), tl.load(affine + 3 * mid_channels + n_safe)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if BLOCK_N2:
         n2 = column + BLOCK_N + tl.arange(0, BLOCK_N2)
-        n2_safe = tl.where(n2 < mid_channels, n2, 0)
+        n2_safe = _within(n2, mid_channels)
         scale2, shift2 = tl.load(affine + 2 * mid_channels + n2_safe), tl.load(affine + 3 * mid_channels + n2_safe)
         acc2 = tl.zeros([BLOCK_M, BLOCK_N2], tl.float32)
     rows = clips * out_frames * pixels

@@ -26,7 +26,7 @@ def hidden_gradient(
         As raw; and of every tile its sum and its sum of products with the normalised raw, (tiles, stored M).
     """
     gpu = launch.gpu_of(g)
-    candidates = product_tiles(g, pair.positions, pair.mid, pair.out_channels, gpu, most=128 * 144)
+    candidates = product_tiles(g, pair.positions, pair.mid, pair.out_channels, gpu, epilogue=True)
     config = tuning.pick("conv2plus1d/triton_fused/hidden_gradient", pair.key(g), candidates, gpu)
     stride = pair.stride[0]
     class_positions = pair.clips * -(-pair.sizes[0] // stride) * pair.pixels
@@ -141,6 +141,7 @@ def temporal_weight_gradient(raw: Tensor, g: Tensor, affine: Tensor, pair: Pair)
         each,
         KERNEL_T=pair.kernel[0],
         STRIDE=pair.stride[0],
+        ALIGNED=pair.out_channels % 16 == 0,
         PRECISION=launch.precision(raw),
         **config,
     )

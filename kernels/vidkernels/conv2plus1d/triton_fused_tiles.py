@@ -108,20 +108,20 @@ class Pair:
 
 
 def product_tiles(
-    x: Tensor, rows: int, columns: int, depth: int, gpu: Gpu, *, split: bool = True, most: int = 256 * 160
+    x: Tensor, rows: int, columns: int, depth: int, gpu: Gpu, *, split: bool = True, epilogue: bool = False
 ) -> list[Config]:
     """Tiles of a product of rows × depth × columns, where depth is what one tap contributes.
 
     Args:
         split: Two accumulators may share the columns.
-        most: Elements of a tile; what an epilogue adds must fit the registers as well.
+        epilogue: Another tensor of the tile's size is loaded at the end, and must fit the registers as well.
     """
     ieee = x.dtype is torch.float32 and launch.precision(x) == "ieee"
     block_k = _depth(depth, 16 if ieee else 128 // x.element_size())
     found: list[tuple[float, Config]] = []
-    for block_m, width, width2 in _shapes(ieee, columns, split):
+    for block_m, width, width2 in _shapes(ieee, columns, gpu, split=split):
         # A tile that is twice as high as needed is none; but there must be one.
-        if block_m * (width + width2) > (most if gpu.capability >= 90 else 128 * 144) or (block_m > 64 and block_m >= 2 * rows):
+        if (epilogue and block_m * (width + width2) > 128 * 144) or (block_m > 64 and block_m >= 2 * rows):
             continue
         if config := _staged(x, block_m, width, width2, block_k, gpu):
             found.append((_cost(rows, columns, block_m, width + width2, gpu), config))
@@ -136,7 +136,7 @@ def box_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
     if gpu.capability < 90 or strided or (x.dtype is torch.float32 and launch.precision(x) == "ieee"):
         return []
     found: list[tuple[float, Config]] = []
-    for block_m, width, width2 in _shapes(False, pair.mid, True):
+    for block_m, width, width2 in _shapes(False, pair.mid, gpu):
         if (box := _box(pair, block_m)) and (config := _staged(x, block_m, width, width2, block_k, gpu)):
             cost = _cost(pair.positions, pair.mid, block_m, width + width2, gpu)
             sizes = dict(zip(("BLOCK_F", "BLOCK_H", "BLOCK_W"), box, strict=True))
@@ -150,9 +150,9 @@ def sum_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
     ieee = x.dtype is torch.float32 and launch.precision(x) == "ieee"
     block_k = 16 if ieee else 64 if x.element_size() == 2 else 32
     found: list[tuple[float, Config]] = []
-    for block_m, width, width2 in _shapes(ieee, pair.mid, True):
-        # With two accumulators, and without wgmma, a tile of 128 × 128 spills.
-        most = 128 * 128 if gpu.capability >= 90 and not width2 else 64 * 144
+    for block_m, width, width2 in _shapes(ieee, pair.mid, gpu):
+        # Two accumulators, or matrix instructions that take registers, leave less room for what is normalised.
+        most = 64 * (144 if width2 else 256) if gpu.capability >= 90 else 0 if width2 else 64 * 128
         if block_m <= max(64, pair.out_channels) and block_m * (width + width2) <= most:
             padded = -(-pair.out_channels // block_m) * -(-pair.mid // (width + width2))
             cost = padded * (max(block_m * (width + width2) / 32, 2.5 * (block_m + width + width2)) + 100)
@@ -171,7 +171,9 @@ def onchip_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
         return []
     block_n = next(block for block in (16, 32, 64) if block >= pair.out_channels)
     tile = {"BLOCK_N": block_n, "BLOCK_K": _depth(pair.channels, 64), "num_warps": 8, "num_stages": 3}
-    shape = {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_MID": 64 if pair.mid >= 64 else 16}
+    # Three frames of the result and the mid channels at hand are in registers: 64 of these fit with wgmma alone.
+    block_mid = 64 if gpu.capability == 90 else 32
+    shape = {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_MID": block_mid if pair.mid >= block_mid else 16}
     tiles = pair.clips * -(-pair.out_sizes[1] // 8) * -(-pair.out_sizes[2] // 16)
     # Two of the frames that a block walks through are its neighbours' as well: as few blocks as fill the GPU.
     chunks = max(1, min(gpu.processors // max(tiles, 1), pair.out_sizes[0] // 4))
@@ -179,13 +181,15 @@ def onchip_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
     return [{**shape, **tile, "FRAMES": frames} for frames in dict.fromkeys((each, pair.out_sizes[0]))]
 
 
-def _shapes(ieee: bool, columns: int, split: bool) -> Iterator[tuple[int, int, int]]:
-    # Without matrix instructions the whole product is in registers: larger tiles spill.
-    for block_m in (64,) if ieee else (64, 128, 256):
+def _shapes(ieee: bool, columns: int, gpu: Gpu, *, split: bool = True) -> Iterator[tuple[int, int, int]]:
+    """(BLOCK_M, BLOCK_N, BLOCK_N2) that spill no registers."""
+    # Without matrix instructions products are in registers as well. Only wgmma reads both factors from shared memory
+    # and leaves its result where the epilogue needs it.
+    most = 64 * 64 if ieee else 256 * 160 if gpu.capability == 90 else 128 * 144
+    for block_m in (64, 128, 256) if gpu.capability == 90 else (64, 128):
         for width, width2 in _WIDTHS:
-            most = 64 if ieee else 256 if block_m == 128 else 160
             narrow = width <= 16 or width // 2 < columns
-            if width + width2 <= most and narrow and not (width2 and (ieee or not split)):
+            if block_m * (width + width2) <= most and narrow and not (width2 and (ieee or not split)):
                 yield block_m, width, width2
 
 
@@ -194,8 +198,8 @@ def _staged(x: Tensor, block_m: int, width: int, width2: int, block_k: int, gpu:
     size = block_m * (width + width2)
     warps = 8 if size > 64 * 128 else 4
     stage = (block_m + width + width2) * block_k * x.element_size()
-    # Where the accumulators leave room for a second block, the two hide each other's start and end.
-    shared = gpu.shared_bytes // 2 if size <= warps * 32 * 72 else gpu.shared_bytes
+    # Two blocks of 4 warps hide each other's start and end; the registers hold but one of 8.
+    shared = gpu.shared_bytes // (2 if warps == 4 else 1)
     stages = next((s for s in (4, 3, 2) if s * stage <= shared - 4096), 2)
     if stages * stage > gpu.shared_bytes - 4096:
         return None

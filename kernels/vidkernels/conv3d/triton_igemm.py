@@ -39,8 +39,8 @@ def _forward(
     activation: str,
 ) -> Tensor:
     residual = None if residual is None else residual.contiguous()
-    geometry = _triples(stride, padding, dilation)
-    return forward(x.contiguous(), weight.contiguous(), bias, residual, *geometry, activation=activation)
+    steps, edges, gaps = _triples(stride, padding, dilation)
+    return forward(x.contiguous(), weight.contiguous(), bias, residual, steps, edges, gaps, activation)
 
 
 @launch.custom_op(
@@ -129,8 +129,8 @@ def conv3d(
     filters = weight.permute(0, 2, 3, 4, 1).contiguous()
     geometry = triple(stride, "stride"), triple(padding, "padding"), triple(dilation, "dilation")
     if wants_gradients(x, weight, bias, residual):
-        y = _forward(rows, filters, bias, None, *geometry, "none").permute(0, 4, 1, 2, 3)
+        y: Tensor = _forward(rows, filters, bias, None, *geometry, "none").permute(0, 4, 1, 2, 3)
         return ACTIVATIONS[activation](y if residual is None else y + residual)
     added = None if residual is None else residual.permute(0, 2, 3, 4, 1).contiguous()
-    y = _forward(rows, filters, bias, added, *geometry, activation).permute(0, 4, 1, 2, 3)
-    return y
+    fused: Tensor = _forward(rows, filters, bias, added, *geometry, activation)
+    return fused.permute(0, 4, 1, 2, 3)

@@ -78,7 +78,8 @@ def gather(
     for _ in range((end - begin).to(tl.int32)):
         block_ok = block < left  # [BLOCK_K]
         places = tl.where(block_ok, block, 0) * out_channels
-        a = tl.load(g + places[:, None] + near_rows[None, :], mask=block_ok[:, None] & rows_ok[None, :], other=0.0)
+        # As [BLOCK_M, BLOCK_K]: a transposed block would not be copied ahead on sm_80.
+        a = tl.load(g + near_rows[:, None] + places[None, :], mask=rows_ok[:, None] & block_ok[None, :], other=0.0)
         t_in = t * stride_t + shift_t
         h_in = h * stride_h + shift_h
         w_in = w * stride_w + shift_w
@@ -86,7 +87,7 @@ def gather(
         places = ((n.to(tl.int64) * in_t + t_in) * in_h + h_in) * in_w + w_in
         places = tl.where(ok, places, 0) * in_channels
         b = tl.load(x + places[:, None] + near_columns[None, :], mask=ok[:, None] & columns_ok[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
         g += BLOCK_K * out_channels
         left -= BLOCK_K

@@ -153,7 +153,7 @@ def forward(
     y = x.new_empty((n, *geometry.out, c_out))
     groups, width = geometry.groups(n), geometry.group * c_out
     gpu = launch.gpu_of(x)
-    candidates = [*_forward_candidates(x, geometry, width, groups, gpu)]
+    candidates = [*_forward_candidates(x, geometry, c_out, groups, gpu)]
     config = tuning.pick("conv3d/triton_stem/forward", _key(x, geometry, c_out, groups), candidates, gpu)
     tiles = _quotient_up(width, config["BLOCK_N"])
     columns = tiles * config["BLOCK_N"]
@@ -208,12 +208,15 @@ def _key(x: Tensor, geometry: _Geometry, c_out: int, groups: int) -> tuning.Key:
 
 
 def _forward_candidates(
-    x: Tensor, geometry: _Geometry, width: int, groups: int, gpu: launch.Gpu
+    x: Tensor, geometry: _Geometry, c_out: int, groups: int, gpu: launch.Gpu
 ) -> Iterator[dict[str, int]]:
     exact = x.dtype is torch.float32 and launch.precision(x) == "ieee"
-    widest = min(max(_power_of_2(width), 16), 64 if exact else 128)
+    widest = min(max(_power_of_2(geometry.group * c_out), 16), 64 if exact else 128)
     k = min(geometry.window, 16 if exact else 64)
     tiles = [(64, 4, 2), (64, 8, 2), (32, 4, 2)] if exact else [(128, 8, 4), (128, 4, 4), (64, 4, 4), (256, 8, 3)]
+    if c_out % 8:
+        # Results are stored one by one, each by an address of its own: larger tiles spill.
+        tiles = [tile for tile in tiles if tile[0] < 256]
     if groups <= 64 * gpu.processors:
         tiles.sort()
     for rows, warps, stages in tiles:

@@ -49,8 +49,9 @@ class Products:
         depths = [depth for depth in ((32, 16) if exact else (256, 128, 64, 32)) if depth < 2 * max(self.sums)] or [16]
         depths.sort(key=lambda depth: any(size % depth for size in self.sums))
         # Half of the multiprocessors at least should share the reading of the weights, or as many as there can be.
-        busy = [w for w in (64, 32, 16) if 2 * (self.hidden * self.columns // w) >= gpu.processors]
-        for width in busy + [w for w in (16, 32, 64) if w not in busy]:
+        widths = [width for width in (64, 32, 16) if rows * width <= 2048]
+        busy = [width for width in widths if 2 * (self.hidden * self.columns // width) >= gpu.processors]
+        for width in busy + [width for width in reversed(widths) if width not in busy]:
             for depth in depths[:2]:
                 for stages in (4, 2):
                     if stages * (rows + width) * depth * self.x.element_size() <= gpu.shared_bytes:

@@ -147,14 +147,15 @@ def _forward(
     sizes = sizes_of(x, v1, dilation)
     batch, frames, ins, outs, taps, dilation = sizes
     wide, narrow = padded(outs), padded(ins)
-    filters = x.new_empty(sum(sizes.filters))
-    w1, w2, down = filters.split(sizes.filters)
-    vectors = x.new_empty(5, wide, dtype=torch.float32)
+    downsample = w_down is not None
+    filters = x.new_empty(sum(sizes.filters[: 2 + downsample]))
+    w1, w2, *down = filters.split(sizes.filters[: 2 + downsample])
+    vectors = x.new_empty(4 + downsample, wide, dtype=torch.float32)
     launch.triton(
         f"{_KERNELS}:prepare",
-        (wide, 2 if w_down is None else 3),
+        (wide, 2 + downsample),
         *map(dense, (v1, g1, b1, v2, g2, b2, w_down, b_down)),
-        *(w1, w2, down, vectors, ins, outs, narrow, wide, taps),
+        *(w1, w2, down[0] if downsample else None, vectors, ins, outs, narrow, wide, taps),
         BLOCK=pack_block(outs, taps),
         num_warps=4,
         num_stages=1,
@@ -170,7 +171,7 @@ def _forward(
         launch.triton(
             f"{_KERNELS}:forward",
             plan.grid((wide, wide), half),
-            *(x, w1, w2, None if w_down is None else down, vectors, seed, y, hidden, gates, scratch),
+            *(x, w1, w2, down[0] if downsample else None, vectors, seed, y, hidden, gates, scratch),
             *(batch, frames, *plan.tiles.shape, taps, dilation, ins, outs, narrow, wide, threshold, scale),
             FIRST=half[0],
             SECOND=half[1],
@@ -235,7 +236,7 @@ def _input_gradient(
     """Fills dz, the gradient before the first ReLU, where it is to `keep`, and dx for the `whole`."""
     batch, frames, ins, outs, taps, dilation = sizes
     wide, narrow = padded(outs), padded(ins)
-    w1, w2, down = filters.split(sizes.filters)
+    w1, w2, *down = filters.split(sizes.filters[: 2 + downsample])
     plan = _plan(x, sizes, "input_gradient", second=whole)
     fused = all(plan.halves[0])
     scratch = x.new_empty(plan.tiles.total, plan.config["BLOCK_M"], wide) if fused else None
@@ -243,7 +244,7 @@ def _input_gradient(
         launch.triton(
             f"{_KERNELS}:input_gradient",
             plan.grid((wide, narrow), half),
-            *(dy, gates, hidden, w1, w2, down if downsample else None),
+            *(dy, gates, hidden, w1, w2, down[0] if downsample else None),
             *(dz if keep or not fused else None, dx if whole else None, scratch),
             *(batch, frames, *plan.tiles.shape, taps, dilation, ins, outs, narrow, wide, dropout(dropout_p)[1]),
             FIRST=half[0],

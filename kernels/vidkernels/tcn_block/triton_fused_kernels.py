@@ -44,22 +44,23 @@ def prepare(
 ):
     """Packs all filters of a block, weight norm applied. Grid: (padded C_out, 2, or 3 with a downsampling).
 
-    `vectors`: b1, b2, b_down, ‖v1‖, ‖v2‖, each of padded length in float32; missing biases are zeros.
+    `vectors`: b1, b2, ‖v1‖, ‖v2‖ and, with a downsampling, b_down, each of padded length in float32. Missing biases are
+    zeros, the lengths of plain filters ones.
     """
     o = tl.program_id(0)
     if tl.program_id(1) == 0:
         pack_filter(
-            v1, g1, b1, w1_packed, vectors + 3 * padded_outs, vectors, o, ins, outs, padded_ins, padded_outs, taps,
+            v1, g1, b1, w1_packed, vectors + 2 * padded_outs, vectors, o, ins, outs, padded_ins, padded_outs, taps,
             BLOCK,
         )  # fmt: skip
     elif tl.program_id(1) == 1:
         pack_filter(
-            v2, g2, b2, w2_packed, vectors + 4 * padded_outs, vectors + padded_outs, o, outs, outs, padded_outs,
+            v2, g2, b2, w2_packed, vectors + 3 * padded_outs, vectors + padded_outs, o, outs, outs, padded_outs,
             padded_outs, taps, BLOCK,
         )  # fmt: skip
     elif w_down is not None:
         pack_filter(
-            w_down, None, b_down, down_packed, None, vectors + 2 * padded_outs, o, ins, outs, padded_ins, padded_outs,
+            w_down, None, b_down, down_packed, None, vectors + 4 * padded_outs, o, ins, outs, padded_ins, padded_outs,
             1, BLOCK,
         )  # fmt: skip
 
@@ -180,7 +181,7 @@ def forward(
             if w_down is None:
                 total = z + tl.load(x + ((row * ins)[:, None] + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
             else:
-                bias = tl.load(vectors + 2 * padded_outs + cols, mask=inside, other=0.0)
+                bias = tl.load(vectors + 4 * padded_outs + cols, mask=inside, other=0.0)
                 total = accumulate(
                     z + bias[None, :], x, None, 0, row, t, valid, ins, w_down, 0, 1, padded_ins, padded_ins,
                     padded_outs, cols, 1, 0, False, 0, BLOCK_K, PRECISION,
@@ -315,15 +316,17 @@ def weight_gradients(
     program = tl.program_id(0)
     split = tl.program_id(1)
     if program < programs_2:
-        correlate(
-            dy, gates, padded_outs, hidden, partial_2, bias_partial_2, program, split, rows, frames, chunk, taps,
-            dilation, outs, padded_outs, padded_outs, padded_outs, BRANCH, BLOCK_O, BLOCK_C, BLOCK_R, PRECISION,
-        )  # fmt: skip
+        if partial_2 is not None:
+            correlate(
+                dy, gates, padded_outs, hidden, partial_2, bias_partial_2, program, split, rows, frames, chunk, taps,
+                dilation, outs, padded_outs, padded_outs, padded_outs, BRANCH, BLOCK_O, BLOCK_C, BLOCK_R, PRECISION,
+            )  # fmt: skip
     elif program < programs_2 + programs_1:
-        correlate(
-            dz, None, 0, x, partial_1, bias_partial_1, program - programs_2, split, rows, frames, chunk, taps,
-            dilation, padded_outs, ins, padded_outs, padded_ins, 0, BLOCK_O, BLOCK_C, BLOCK_R, PRECISION,
-        )  # fmt: skip
+        if partial_1 is not None:
+            correlate(
+                dz, None, 0, x, partial_1, bias_partial_1, program - programs_2, split, rows, frames, chunk, taps,
+                dilation, padded_outs, ins, padded_outs, padded_ins, 0, BLOCK_O, BLOCK_C, BLOCK_R, PRECISION,
+            )  # fmt: skip
     elif partial_down is not None:
         correlate(
             dy, gates, padded_outs, x, partial_down, bias_partial_down, program - programs_2 - programs_1, split, rows,
@@ -365,16 +368,18 @@ def finish(
     """All parameters' gradients from their shares, weight norm included. Grid: (C_out, 2, or 3 with a downsampling)."""
     o = tl.program_id(0)
     if tl.program_id(1) == 0:
-        finish_filter(
-            partial_1, bias_partial_1, splits, 1.0, v1, g1, vectors + 3 * padded_outs, dv1, dg1, db1, o, ins,
-            padded_outs, padded_ins, taps, SPLITS, BLOCK,
-        )  # fmt: skip
+        if partial_1 is not None:
+            finish_filter(
+                partial_1, bias_partial_1, splits, 1.0, v1, g1, vectors + 2 * padded_outs, dv1, dg1, db1, o, ins,
+                padded_outs, padded_ins, taps, SPLITS, BLOCK,
+            )  # fmt: skip
     elif tl.program_id(1) == 1:
-        # The second dropout's scale was left out of what these shares sum.
-        finish_filter(
-            partial_2, bias_partial_2, splits, scale, v2, g2, vectors + 4 * padded_outs, dv2, dg2, db2, o, outs,
-            padded_outs, padded_outs, taps, SPLITS, BLOCK,
-        )  # fmt: skip
+        if partial_2 is not None:
+            # The second dropout's scale was left out of what these shares sum.
+            finish_filter(
+                partial_2, bias_partial_2, splits, scale, v2, g2, vectors + 3 * padded_outs, dv2, dg2, db2, o, outs,
+                padded_outs, padded_outs, taps, SPLITS, BLOCK,
+            )  # fmt: skip
     elif partial_down is not None:
         finish_filter(
             partial_down, bias_partial_down, splits, 1.0, None, None, None, dw_down, None, db_down, o, ins,
