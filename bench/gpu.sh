@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One call on a lent GPU machine: bench/gpu.sh --out DIR [--minutes 9] [--parts check,tune] [--resume DIR/gpu.tar.xz]
+# One call on a GPU machine: bench/gpu.sh --out DIR [--minutes 9] [--parts check,tune] [--resume DIR/gpu.tar.xz]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -51,6 +51,7 @@ class Row:
     stack_bytes: int
     local_accesses: int
     shared_bytes: int
+    narrow_accesses: int
     matrix_instructions: str
     instructions: int
 
@@ -163,6 +164,7 @@ def read(path: Path) -> list[Row]:
                 int(row["stack_bytes"]),
                 int(row["local_accesses"]),
                 int(row["shared_bytes"]),
+                int(row["narrow_accesses"]),
                 row["matrix_instructions"],
                 int(row["instructions"]),
             )
@@ -188,7 +190,7 @@ def worse(row: Row, known: Row | None) -> list[str]:
     if known is None:
         return [f"{name}: has no row in the table; write it anew"]
     found = []
-    for what in ("stack_bytes", "local_accesses", "shared_bytes"):
+    for what in ("stack_bytes", "local_accesses", "shared_bytes", "narrow_accesses"):
         now, before = getattr(row, what), getattr(known, what)
         if now > before:
             found.append(f"{name}: {what} {before} → {now}")

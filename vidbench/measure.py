@@ -127,7 +127,7 @@ def _measure(
 
     # What decoders and optical flow allocate is not torch's, and would read as nothing.
     memory = None if point.kind == "stage" else measure_memory(point.device, settled, foreign + timer.own_bytes)
-    timed = _captured(call) if point.regime == "graph" else call
+    timed = captured(call) if point.regime == "graph" else call
     with spent:
         warm_up(timed, timer, seconds=2 * budget.seconds)
     cpu_before = psutil.cpu_times()
@@ -185,7 +185,7 @@ def _fraction(held: Ceilings, cost: Cost, seconds: float) -> float:
     return max(2 * (macs or 0) / held.flops_per_s, (cost.bytes_moved or 0) / held.bytes_per_s) / seconds
 
 
-def _captured(call: Callable[[], Any]) -> Callable[[], Any]:
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     """A CUDA graph of the call, to be replayed; what it computes is compared with the call's own."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -63,7 +64,12 @@ def arguments(device: str, smoke: bool) -> Sequence[str]:
     if smoke:
         tests = "tests/vidkernels/test_contract.py"
         return [*common, "-m", "not slow and not gpu", "-k", SMOKE, tests]
-    workers = ["-n", str(PROCESSES), "--max-worker-restart", "60", "--dist", "loadgroup"]
+    # Few tests at a time to each process: then their order holds. Of the ways to share them out, `load` alone goes on
+    # well after a crash: `loadgroup` takes the test that crashed once more, and hangs.
+    workers = ["-n", str(PROCESSES), "--dist", "load", "--maxschedchunk", "4", "--max-worker-restart", "60"]
+    if importlib.util.find_spec("pytest_timeout"):
+        # By a thread, which ends the process: a signal does not reach a thread that waits for the device.
+        workers += ["--timeout", "150", "--timeout-method", "thread"]
     marks = "gpu and not slow" if device == "cuda" else "not gpu and not slow"
     return [*common, *workers, "-m", marks, "tests/vidkernels"]
 

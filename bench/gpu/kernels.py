@@ -18,7 +18,7 @@ from bench.gpu import plan
 from bench.gpu.machine import state
 from bench.gpu.pool import Emit, Unit
 from vidbench.environment import ceilings, precision
-from vidbench.measure import CEILING_TOLERANCE, _captured
+from vidbench.measure import CEILING_TOLERANCE, captured
 from vidbench.records import Ceilings, Environment
 from vidbench.timing import Budget, Timer, sample, warm_up
 from vidbench.tune import PEERS, bind, case_of, errors, inputs_of, launches, truth
@@ -147,7 +147,7 @@ def _choose_regimes(way: Way, op: str, device: str, common: dict[str, Any], emit
         emit({**row, "status": "skipped", "reason": "graph replay needs a CUDA device"})
         return
     try:
-        way.timed["graph"] = _captured(lambda: (lambda got: (*got.outputs, *tensors_of(got.gradients)))(call()))
+        way.timed["graph"] = captured(lambda: (lambda got: (*got.outputs, *tensors_of(got.gradients)))(call()))
     except Exception as error:  # noqa: BLE001  what cannot be captured says so in many ways
         torch.cuda.synchronize()
         emit({**row, "status": "failed", "reason": f"capture: {(str(error).strip().splitlines() or [''])[0][:300]}"})

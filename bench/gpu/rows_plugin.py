@@ -22,6 +22,8 @@ import pytest
 from bench.gpu.pool import BROKEN, device_is_broken
 
 _worst: list[float] = []
+DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp64")
+DIRECTIONS = ("forward", "input_gradient", "weight_gradient", "train")
 _OWN = {"reference": 2, "library": 1, "compiled": 1}
 
 
@@ -48,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     known = set(done.read_text().splitlines()) if done.is_file() else set()
     order = os.environ.get("VIDBENCH_GPU_DTYPES", "").split(",")
     only = re.compile(os.environ.get("VIDBENCH_GPU_ONLY", ""))
-    kept = [item for item in items if _unit(item) not in known and only.search(item.nodeid)]
+    kept = [item for item in items if item.nodeid not in known and only.search(item.nodeid)]
     taken = set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in taken])
 
@@ -86,7 +88,7 @@ def _write(item: pytest.Item, status: str, reason: str, seconds: float) -> None:
     values = _parameters(item)
     training = values.get("training", values.get("direction", ""))
     row = {
-        "unit": _unit(item),
+        "unit": item.nodeid,
         "status": status,
         "reason": reason,
         "op": values.get("op_name", ""),
@@ -101,10 +103,26 @@ def _write(item: pytest.Item, status: str, reason: str, seconds: float) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")  # one write: lines of several workers do not mix
 
 
-def _unit(item: pytest.Item) -> str:
-    """A test's name, without the group that pytest-xdist appends."""
-    group = item.get_closest_marker("xdist_group")
-    return item.nodeid.removesuffix(f"@{group.args[0]}") if group else item.nodeid
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str, report: pytest.TestReport) -> None:
+    """Writes the line of a test whose process ended without a word: crashed itself, or stopped by its timeout."""
+    path = Path(os.environ["VIDBENCH_GPU_ROWS"])
+    if any(json.loads(line)["unit"] == crashitem for line in path.read_text().splitlines()):
+        return
+    from vidkernels import OPS
+
+    words = crashitem.partition("[")[2].rstrip("]").split("-")
+    op = next((word for word in words if word in OPS), "")
+    known = {
+        "op": OPS,
+        "implementation": OPS[op].implementations if op else (),
+        "dtype": DTYPES,
+        "direction": DIRECTIONS,
+    }
+    row: dict[str, Any] = {name: next((word for word in words if word in values), "") for name, values in known.items()}
+    row |= {"unit": crashitem, "status": "crashed", "reason": str(report.longrepr)[:300], "over_gate": None}
+    with path.open("a") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

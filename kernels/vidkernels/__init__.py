@@ -44,6 +44,7 @@ __all__ = [
     "Tolerance",
     "Unavailable",
     "WeightNorm",
+    "accelerate",
     "causal_conv1d",
     "conv2plus1d",
     "conv3d",
@@ -380,3 +381,7 @@ def lstm(
     """
     y, last = _call(_LSTM, x, w_ih, w_hh, bias, state, return_sequence=return_sequence, implementation=implementation)
     return y, last
+
+
+# Needs what is above.
+from vidkernels.acceleration import accelerate  # noqa: E402

@@ -25,6 +25,8 @@ class Resources:
     """Loads and stores of local memory: spilled registers, or arrays indexed at run time."""
     shared_bytes: int
     """For each block, static and dynamic."""
+    narrow_accesses: int
+    """Loads and stores of global memory that move less than 4 bytes a thread: what failed to be vectorised."""
     matrix_instructions: str
     """The widest kind there is: `wgmma`, `tcgen05`, `mma`, or none."""
     instructions: int
@@ -102,10 +104,14 @@ def resources(cubin: bytes, shared_bytes: int, gpu: Gpu) -> Resources:
         stack_bytes=found["STACK"],
         local_accesses=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
         # cuobjdump knows the static part and, from sm_90 on, adds the kilobyte that the system keeps.
-        shared_bytes=found["SHARED"] - (1024 if gpu.capability >= 90 else 0) + shared_bytes,
+        shared_bytes=max(found["SHARED"] - (1024 if gpu.capability >= 90 else 0), 0) + shared_bytes,
+        narrow_accesses=sum(_NARROW.match(opcode) is not None for opcode in opcodes),
         matrix_instructions=_matrix_instructions(opcodes),
         instructions=len(opcodes),
     )
+
+
+_NARROW = re.compile(r"(LDG|STG|LDGSTS)\.E\.(U8|S8|U16|S16)\b")
 
 
 def _matrix_instructions(opcodes: list[str]) -> str:

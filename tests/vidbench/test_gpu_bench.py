@@ -344,3 +344,63 @@ def test_a_call_without_time_says_what_is_left(tmp_path: Path) -> None:
     assert status == 3, said
     assert "Time ran out; units left" in said
     assert (out / ARCHIVE).exists()
+
+
+CHECKS = """
+import os
+import pytest
+
+NAMES = [("conv3d", "library", "bf16"), ("conv3d", "triton_igemm", "bf16")]
+
+@pytest.mark.parametrize(("op_name", "name", "dtype"), NAMES)
+@pytest.mark.parametrize("what", ["passes", "skips", "fails", "dies"])
+def test_it(op_name, name, dtype, what):
+    if what == "skips":
+        pytest.skip("needs two CUDA devices")
+    if what == "dies" and name == "library":
+        os.abort()
+    assert what != "fails", "error 1.0 exceeds 0.1"
+"""
+
+
+@pytest.mark.slow
+def test_checks_are_rows_whatever_becomes_of_their_process(tmp_path: Path) -> None:
+    (tmp_path / "test_checks.py").write_text(CHECKS)
+    rows, done = tmp_path / "rows", tmp_path / "done"
+    rows.touch()
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "VIDBENCH_GPU_ROWS": str(rows)}
+    environment |= {"VIDBENCH_GPU_DONE": str(done), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+        "-n",
+        "2",
+        "--dist",
+        "load",
+    ]
+    command += ["-p", "bench.gpu.rows_plugin", "-p", "no:cacheprovider", str(tmp_path / "test_checks.py")]
+
+    def outcomes() -> dict[tuple[str, str], tuple[str, str]]:
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+        found = [json.loads(line) for line in rows.read_text().splitlines()]
+        return {
+            (r["implementation"], r["unit"].rpartition("[")[2].split("-")[0]): (r["status"], r["reason"]) for r in found
+        }
+
+    first = outcomes()
+    for name in ("library", "triton_igemm"):
+        assert first[name, "passes"] == ("ok", "")
+        assert first[name, "skips"] == ("skipped", "needs two CUDA devices")
+        assert first[name, "fails"][0] == "failed"
+        assert "AssertionError: error 1.0 exceeds 0.1" in first[name, "fails"][1]
+    assert first["library", "dies"][0] == "crashed"
+    assert first["triton_igemm", "dies"] == ("ok", "")
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    done.write_text("\n".join(line["unit"] for line in lines if line["status"] in ("ok", "skipped")))
+    rows.write_text("")
+    assert set(outcomes()) == {("library", "fails"), ("triton_igemm", "fails"), ("library", "dies")}

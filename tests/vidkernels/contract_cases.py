@@ -52,6 +52,21 @@ AWKWARD: dict[str, dict[str, dict[str, Any]]] = {
     "conv3d": {name: {**_CONV_SIZES, "out_channels": 7, **case} for name, case in _CONV.items()}
     | {
         "bias": {**_CONV_SIZES, "out_channels": 7, "bias": True},
+        "three channels": {**_CONV_SIZES, "in_channels": 3, "out_channels": 7},
+        "two channels, strided": {
+            **_CONV_SIZES,
+            "in_channels": 2,
+            "out_channels": 8,
+            "kernel_size": (3, 5, 5),
+            "stride": (1, 2, 2),
+        },
+        "patches": {
+            **_CONV_SIZES,
+            "out_channels": 7,
+            "kernel_size": (1, 2, 2),
+            "stride": (1, 2, 2),
+            "padding": (0, 0, 0),
+        },
         "relu": {**_CONV_SIZES, "out_channels": 7, "bias": True, "activation": "relu"},
         "residual": {**_CONV_SIZES, "out_channels": 7, "residual": True, "activation": "silu"},
     },

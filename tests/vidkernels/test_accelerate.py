@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vidkernels.nn as vk
 from vidbench import models
 from vidkernels import OPS
-from vidkernels.accelerate import Report, accelerate
+from vidkernels.acceleration import Report, accelerate
 from vidkernels.checking import relative_error
 
 LIBRARY = dict.fromkeys(OPS, "library")

@@ -86,8 +86,8 @@ def _configurations() -> Iterator[Any]:
                 tile = name, *(item for item in config.items() if not item[0].startswith("num_"))
                 if config and tile not in seen:
                     seen.add(tile)
-                    # The best guesses, and whatever is of 8 warps, in every run.
-                    often = place < 2 or config["num_warps"] == 8
+                    # The best guess, and whatever is of 8 warps, in every run.
+                    often = place == 0 or config["num_warps"] == 8
                     marks = [] if often else [pytest.mark.slow]
                     yield pytest.param(
                         arch, training, choice.kernel, choice.key, config, id=f"{name}-{text}", marks=marks

@@ -37,7 +37,7 @@ def _on_a_cpu() -> None:
 
 
 def _agrees(dtype: str = "fp32", **values: Any) -> None:
-    case = OP.case({"batch_size": 1, **values}, dtype=dtype, training=True)
+    case = OP.case(values, dtype=dtype, training=True)
     assert not check(OP, NAME, case).failures(OP, case)
 
 
@@ -77,10 +77,10 @@ def _choices(gpu: launch.Gpu) -> list[Chosen]:
     return chosen
 
 
-@pytest.mark.parametrize("what", ["even kernel", "dilated", "uneven strides", "one position", "residual", "relu"])
+@pytest.mark.parametrize("what", ["even kernel", "dilated", "uneven strides", "one position", "residual"])
 def test_rows_gathered_by_pointers(what: str) -> None:
     with launch.assume(launch.TARGETS["sm_80"]):
-        _agrees("fp32", **AWKWARD["conv3d"][what])
+        _agrees("fp32", **{**AWKWARD["conv3d"][what], "batch_size": 1})
 
 
 @pytest.mark.parametrize("gpu", ARCHITECTURES)

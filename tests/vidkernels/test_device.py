@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,7 +244,16 @@ _PAST_INT32: dict[str, tuple[tuple[int, ...], tuple[tuple[int, ...], ...], dict[
 }
 
 
-@pytest.mark.xdist_group("large")  # one after another: each takes some 30 GiB
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    """One after another, whatever the number of processes: each takes some 30 GiB."""
+    with open(Path(tempfile.gettempdir()) / "vidkernels-large.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("op_name", "name"), [custom for custom in CUSTOM if custom[0] in _PAST_INT32])
 def test_offsets_past_31_bits(op_name: str, name: str, direction: str) -> None:

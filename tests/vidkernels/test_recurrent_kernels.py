@@ -208,7 +208,10 @@ def test_tiny_and_huge_features(op_name: str, name: str, scale: float) -> None:
     assert y.abs().max() <= 1
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("op_name", "name"),
+    [pytest.param(op, name, marks=[pytest.mark.slow] if op == "rnn" else []) for op in OP_NAMES for name in NAMES],
+)
 def test_compiles_to_one_graph(op_name: str, name: str) -> None:
     fn = _fn(op_name, name)
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")

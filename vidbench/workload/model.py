@@ -1,4 +1,4 @@
-"""One model, eager or compiled, as a workload."""
+"""One model, eager, compiled or with layers of vidkernels, as a workload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vidbench.records import Error
 from vidbench.sweep import Point, RequestError
 from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
 from vidbench.workload.stage import model_inputs
-from vidkernels import checking
+from vidkernels import accelerate, checking
 from vidkernels.op import REQUIREMENTS
 
 MODEL_GATES = {"fp64": 1e-10, "fp32": 2e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 5e-2}
@@ -27,11 +27,11 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 MODEL_CASE = ("clip_length", "batch_size", "height", "width", "width_multiplier", "num_classes", "input_features",
               "hidden_size", "video")  # fmt: skip
-MODEL_IMPLEMENTATIONS = ("eager", "compiled")
+MODEL_IMPLEMENTATIONS = ("eager", "compiled", "accelerated")
 
 
 class ModelWorkload(Workload):
-    """One model, run as it is (`eager`) or through torch.compile (`compiled`)."""
+    """One model, run as it is (`eager`), through torch.compile (`compiled`), or by `vidkernels.accelerate`."""
 
     def __init__(self, point: Point, video: str | None = None) -> None:
         super().__init__(point)
@@ -56,10 +56,27 @@ class ModelWorkload(Workload):
             for parameter in self.model.parameters():
                 if parameter.dim() in CHANNELS_LAST:
                     parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
-        self.eager = cast(Callable[..., Any], self.model.step if point.mode == "stream" else self.model)
-        self.call = self.eager
+        self.running = self._accelerated() if point.implementation == "accelerated" else self.model
+        self.eager = self._entry(self.model)
+        self.call = self._entry(self.running)
         if point.implementation == "compiled":
             self.call = torch.compile(self.eager, dynamic=False)
+
+    def _entry(self, model: nn.Module) -> Callable[..., Any]:
+        return cast(Callable[..., Any], model.step if self.point.mode == "stream" else model)
+
+    def _accelerated(self) -> nn.Module:
+        """The model with faster layers.
+
+        Raises:
+            Unfit: There is none to swap: the numbers would be the eager model's.
+        """
+        example = tuple(self._inputs(TIMED_SEED))
+        model, report = accelerate(self.model, example, show=None)
+        if not report.swapped:
+            reasons = sorted({row.reason for row in report.kept})
+            raise Unfit(f"no layer has a faster kernel here: {'; '.join(reasons) or 'none is of a kind that has one'}")
+        return model.train(self.model.training)
 
     def _options(self) -> dict[str, Any]:
         """What the model is made with."""
@@ -116,7 +133,7 @@ class ModelWorkload(Workload):
         )
         want, eager = ORACLE.get(key, lambda: self._oracle(inputs))
         given = [tensor.clone() for tensor in inputs]
-        got = self._outputs(self.model, self.call, given)
+        got = self._outputs(self.running, self.call, given)
         error = self._compare(got, want, eager)
         gate = error.gate
         failures = []
@@ -180,7 +197,7 @@ class ModelWorkload(Workload):
             return streamer(self._frames(inputs), call)
         if self.point.mode == "train":
             # A rate of zero does all the work of a step and leaves the weights as they were checked.
-            optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9)
+            optimiser = torch.optim.SGD(self.running.parameters(), lr=0.0, momentum=0.9)
 
             def step() -> None:
                 torch.autograd.backward(_loss(call(*inputs)))

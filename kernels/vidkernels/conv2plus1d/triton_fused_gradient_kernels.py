@@ -24,7 +24,6 @@ def _write_gradient(
     place = rows[:, None] + n[None, :]
     value = tl.load(raw + place, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(affine + n, mask=known, other=0.0)
-    rstd = tl.load(affine + mid_channels + n, mask=known, other=0.0)
     scale = tl.load(affine + 2 * mid_channels + n, mask=known, other=0.0)
     shift = tl.load(affine + 3 * mid_channels + n, mask=known, other=0.0)
     passes = inside & (value * scale[None, :] + shift[None, :] > 0)
@@ -32,8 +31,9 @@ def _write_gradient(
     tl.store(gz + place, grad.to(gz.dtype.element_ty), mask=inside)
     out = tile.to(tl.int64) * mid_channels + n
     tl.store(sums + out, tl.sum(grad, 0), mask=known)
-    normed = (value - mean[None, :]) * rstd[None, :]
-    tl.store(products + out, tl.sum(grad * normed, 0), mask=known)
+    # 1/σ once for each column, not for each value: it is loaded when the other vectors are done with their registers.
+    product = tl.sum(grad * (value - mean[None, :]), 0) * tl.load(affine + mid_channels + n, mask=known, other=0.0)
+    tl.store(products + out, product, mask=known)
 
 
 @triton.jit(do_not_specialize=["clips", "frames", "out_frames", "pixels", "pad", "tiles"])

@@ -121,7 +121,7 @@ def product_tiles(
     found: list[tuple[float, Config]] = []
     for block_m, width, width2 in _shapes(ieee, columns, gpu, split=split):
         # A tile that is twice as high as needed is none; but there must be one.
-        if (epilogue and block_m * (width + width2) > 128 * 144) or (block_m > 64 and block_m >= 2 * rows):
+        if (epilogue and block_m * (width + width2) > 128 * 128) or (block_m > 64 and block_m >= 2 * rows):
             continue
         if config := _staged(x, block_m, width, width2, block_k, gpu):
             found.append((_cost(rows, columns, block_m, width + width2, gpu), config))
@@ -167,14 +167,14 @@ def sum_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
 def onchip_tiles(x: Tensor, pair: Pair, gpu: Gpu) -> list[Config]:
     """Ways to run evaluation in one kernel: few channels in the result, three temporal taps at stride 1."""
     fits = pair.out_channels <= 64 and pair.kernel[0] == 3 and pair.stride[0] == 1 and pair.channels % 16 == 0
-    if not fits or x.element_size() != 2:
+    if not fits or x.element_size() != 2 or gpu.capability < 90:
         return []
     block_n = next(block for block in (16, 32, 64) if block >= pair.out_channels)
     tile = {"BLOCK_N": block_n, "BLOCK_K": _depth(pair.channels, 64), "num_warps": 8, "num_stages": 3}
-    # Three frames of the result and the mid channels at hand are in registers: 64 of these fit with wgmma alone.
-    block_mid = 64 if gpu.capability == 90 else 32
-    shape = {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_MID": block_mid if pair.mid >= block_mid else 16}
-    tiles = pair.clips * -(-pair.out_sizes[1] // 8) * -(-pair.out_sizes[2] // 16)
+    # Three frames of the result and the mid channels at hand are in registers: 128 pixels of them with wgmma alone.
+    block_w = 16 if gpu.capability == 90 else 8
+    shape = {"BLOCK_H": 8, "BLOCK_W": block_w, "BLOCK_MID": 64 if pair.mid >= 64 else 16}
+    tiles = pair.clips * -(-pair.out_sizes[1] // 8) * -(-pair.out_sizes[2] // block_w)
     # Two of the frames that a block walks through are its neighbours' as well: as few blocks as fill the GPU.
     chunks = max(1, min(gpu.processors // max(tiles, 1), pair.out_sizes[0] // 4))
     each = -(-pair.out_sizes[0] // chunks)
@@ -186,8 +186,10 @@ def _shapes(ieee: bool, columns: int, gpu: Gpu, *, split: bool = True) -> Iterat
     # Without matrix instructions products are in registers as well. Only wgmma reads both factors from shared memory
     # and leaves its result where the epilogue needs it.
     most = 64 * 64 if ieee else 256 * 160 if gpu.capability == 90 else 128 * 144
-    for block_m in (64, 128, 256) if gpu.capability == 90 else (64, 128):
+    for block_m in (64,) if ieee else (64, 128, 256) if gpu.capability == 90 else (64, 128):
         for width, width2 in _WIDTHS:
+            if width2 == 32 and gpu.capability < 90:
+                continue
             narrow = width <= 16 or width // 2 < columns
             if block_m * (width + width2) <= most and narrow and not (width2 and (ieee or not split)):
                 yield block_m, width, width2
@@ -196,7 +198,7 @@ def _shapes(ieee: bool, columns: int, gpu: Gpu, *, split: bool = True) -> Iterat
 def _staged(x: Tensor, block_m: int, width: int, width2: int, block_k: int, gpu: Gpu) -> Config | None:
     """The tile with as many warps and stages as fit."""
     size = block_m * (width + width2)
-    warps = 8 if size > 64 * 128 else 4
+    warps = 8 if block_m == 256 or size > 64 * (64 if width2 and gpu.capability < 90 else 128) else 4
     stage = (block_m + width + width2) * block_k * x.element_size()
     # Two blocks of 4 warps hide each other's start and end; the registers hold but one of 8.
     shared = gpu.shared_bytes // (2 if warps == 4 else 1)

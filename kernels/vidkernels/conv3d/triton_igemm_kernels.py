@@ -189,24 +189,27 @@ def gather(
 
 @triton.jit(
     do_not_specialize=[
-        "samples", "out_t", "out_h", "out_w", "in_channels", "out_units", "taps_t", "taps_h", "taps_w",
+        "samples", "out_t", "out_h", "out_w", "in_channels", "out_units", "tap_channels", "taps_t", "taps_h", "taps_w",
         "stride_t", "stride_h", "stride_w", "padding_t", "padding_h", "padding_w",
         "dilation_t", "dilation_h", "dilation_w", "tap_stride_t", "tap_stride_h", "tap_stride_w",
     ]
 )  # fmt: skip
 def boxes(
     x, weight, weight_tail, bias, residual, y,
-    samples, out_t, out_h, out_w, in_channels, out_units,
+    samples, out_t, out_h, out_w, in_channels, out_units, tap_channels,
     taps_t, taps_h, taps_w, stride_t, stride_h, stride_w, padding_t, padding_h, padding_w,
     dilation_t, dilation_h, dilation_w, tap_stride_t, tap_stride_h, tap_stride_w,
     OUT_UNIT: tl.constexpr, BOX_N: tl.constexpr, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     TRANSPOSED: tl.constexpr, RESIDUES: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `gather` where neighbours in the result are neighbours in x: rows come as boxes, by the copy engine.
 
-    It fills with zeros what lies outside of x, so padding, edges and missing channels need no masks. A tile has
-    BLOCK_N columns, and TAIL more that share its rows.
+    It fills with zeros what lies outside of x, so padding, edges and missing channels need no masks. The weight is a
+    matrix of taps · tap_channels columns: where a block reaches into the next tap, x is zero or nothing is stored.
+
+    WEIGHT_FIRST computes the transposed product: wgmma takes its left factor from shared memory only as it was copied,
+    not reshaped. Otherwise a tile has BLOCK_N columns, and TAIL more that share its rows.
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_T * BOX_H * BOX_W
     out_channels = out_units * OUT_UNIT
@@ -262,7 +265,7 @@ def boxes(
     t_in = t + start_t
     h_in = h + start_h
     w_in = w + start_w
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
     if TAIL > 0:
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for _ in range(begin, end):
@@ -272,15 +275,18 @@ def boxes(
             tap = (first_t + tap_t * tap_stride_t) * taps_h + first_h + tap_h * tap_stride_h
             tap = tap * taps_w + first_w + tap_w * tap_stride_w
         if TRANSPOSED:
-            b = weight.load([channel, tap, column]).reshape(BLOCK_K, BLOCK_N)
+            b = weight.load([channel, tap * tap_channels + column])
         else:
-            b = weight.load([column, tap, channel]).reshape(BLOCK_N, BLOCK_K).T
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            b = weight.load([column, tap * tap_channels + channel]).T
+        if WEIGHT_FIRST:
+            acc = tl.dot(b.T, a.T, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if TAIL > 0:
             if TRANSPOSED:
-                b_tail = weight_tail.load([channel, tap, column + BLOCK_N]).reshape(BLOCK_K, TAIL)
+                b_tail = weight_tail.load([channel, tap * tap_channels + column + BLOCK_N])
             else:
-                b_tail = weight_tail.load([column + BLOCK_N, tap, channel]).reshape(TAIL, BLOCK_K).T
+                b_tail = weight_tail.load([column + BLOCK_N, tap * tap_channels + channel]).T
             acc_tail = tl.dot(a, b_tail, acc_tail, input_precision=PRECISION)
 
         channel += BLOCK_K
@@ -305,6 +311,8 @@ def boxes(
     rows = (rows * out_h + residue_h + h * apart_h) * out_w + residue_w + w * apart_w
     rows = tl.program_id(2) * (samples.to(tl.int64) * out_t * out_h * out_w * out_channels) + rows * out_channels
     rows = tl.where(row_ok, rows, 0)
+    if WEIGHT_FIRST:
+        acc = acc.T
     _store(acc, bias, residual, y, rows, row_ok, column, out_channels, ACTIVATION, BLOCK_N)
     if TAIL > 0:
         _store(acc_tail, bias, residual, y, rows, row_ok, column + BLOCK_N, out_channels, ACTIVATION, TAIL)

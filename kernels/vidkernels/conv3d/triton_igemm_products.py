@@ -125,21 +125,25 @@ def _convolve(
         tail = config["TAIL"]
         shape = box(block_m, (samples, t, h, w))
         blocks = prod(-(-size // side) for size, side in zip((samples, t, h, w), shape, strict=True))
-        x, filters = aligned(x), aligned(weight).flatten(1, 3)
+        x, filters = aligned(x), aligned(weight)
+        tap_channels = filters.shape[-1]
+        filters = filters.flatten(1)
         launch.triton(
             f"{_KERNELS}:boxes",
             (blocks * -(-out_channels // (block_n + tail)), classes, split),
             tensor_map(x, (*shape, block_k)),
-            tensor_map(filters, (block_k, 1, block_n) if transposed else (block_n, 1, block_k)),
-            tensor_map(filters, (block_k, 1, tail) if transposed else (tail, 1, block_k)) if tail else None,
+            tensor_map(filters, (block_k, block_n) if transposed else (block_n, block_k)),
+            tensor_map(filters, (block_k, tail) if transposed else (tail, block_k)) if tail else None,
             *added,
             target,
             samples,
             *out_sizes,
             in_channels,
             out_channels // out_unit,
+            tap_channels,
             *geometry,
             TAIL=tail,
+            WEIGHT_FIRST=config["WEIGHT_FIRST"],
             **sides(shape),
             **constants,
         )

@@ -72,7 +72,8 @@ def convolution_tiles(
     """
     kind = arithmetic(x)
     candidates: list[Config] = []
-    for (block_n, tail), block_m, warps, stages in _convolution_shapes(kind, rows, out_channels, gpu, boxed):
+    shapes = _boxed_shapes if boxed and kind != "fp32" else _plain_shapes
+    for block_m, block_n, tail, weight_first, warps, stages in shapes(kind, rows, out_channels, gpu):
         block_k = _depth(in_channels, 16 if kind == "fp32" else 32 if kind == "tf32" or gpu.capability < 90 else 64)
         while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > _operand_bytes(gpu):
             stages -= 1
@@ -81,55 +82,63 @@ def convolution_tiles(
         split = max(1, min(gpu.processors // max(blocks, 1), taps * -(-in_channels // block_k) // 16, 16))
         config = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
         if boxed:
-            config["TAIL"] = tail
+            config |= {"TAIL": tail, "WEIGHT_FIRST": weight_first}
         for parts in dict.fromkeys((split, 1)):
             if (candidate := {**config, "SPLIT": parts}) not in candidates:
                 candidates.append(candidate)
     return candidates[:8]
 
 
-def _convolution_shapes(
-    kind: str, rows: int, out_channels: int, gpu: Gpu, boxed: bool
-) -> Iterator[tuple[tuple[int, int], int, int, int]]:
-    """((BLOCK_N, TAIL), BLOCK_M, num_warps, num_stages), the best guess first."""
+Tile = tuple[int, int, int, int, int, int]
+"""BLOCK_M, BLOCK_N, TAIL, WEIGHT_FIRST, num_warps, num_stages."""
+
+
+def _plain_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator[Tile]:
+    """Tiles whose rows are multiplied by their columns, the best guess first."""
     if kind == "fp32":
         # Multiplied without matrix instructions: operands and sums all lie in registers.
         for most in (64, 32):
             width = power_of_two(out_channels, 16, most)
-            yield (width, 0), 4096 // width, 4, 2
+            yield 4096 // width, width, 0, 0, 4, 2
         return
-    widths = _widths(out_channels, most=256 if gpu.capability >= 90 and kind != "tf32" else 128, tails=boxed)
-    for block_n, tail in widths[:2]:
-        wide = block_n + tail
-        if gpu.capability < 90:
-            # mma takes both operands through registers.
-            tiles = [(128, 8, 3), (64, 4, 3)]
-        elif wide > 128 or (kind == "tf32" and wide > 64):
-            tiles = [(128, 8, 3), (64, 4, 3)]
-        elif wide > 64:
-            tiles = [(128, 8, 4), (128, 4, 4), (64, 4, 4)]
-        elif wide > 32:
-            tiles = [(128, 4, 4), (256, 8, 4), (64, 4, 4)]
-        else:
-            tiles = [(256, 8, 3), (128, 4, 4), (64, 4, 4)]
-        if rows <= 64:
-            tiles.sort()
-        for block_m, warps, stages in tiles:
-            if not (wide > 128 and block_m * wide > 128 * 32 * warps):
-                yield (block_n, tail), block_m, warps, stages
+    for most in (128, 64):
+        width = power_of_two(out_channels, 16, most)
+        tiles = [(128, 8, 3), (64, 4, 3)]
+        for block_m, warps, stages in tiles if rows > 64 else reversed(tiles):
+            yield block_m, width, 0, 0, warps, stages
 
 
-def _widths(channels: int, *, most: int, tails: bool) -> list[tuple[int, int]]:
-    """(BLOCK_N, TAIL) by how much is multiplied for nothing, and by how often the rows are fetched."""
-    plain = [(width, 0) for width in (16, 32, 64, 128, 256) if width <= most]
-    pairs = [(width, tail) for width in (32, 64, 128) for tail in (16, 32, 64) if tail < width] if tails else []
+def _boxed_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator[Tile]:
+    """Tiles of either order, by what is multiplied for nothing and how often the rows are fetched."""
+    first = [
+        (64, 256, 4, 4),
+        (64, 256, 4, 2),
+        (64, 128, 4, 4),
+        (128, 256, 8, 4),
+        (128, 128, 8, 4),
+        (256, 128, 8, 4),
+        (64, 64, 4, 4),
+    ]
+    tiles: list[tuple[float, Tile]] = []
+    for width, block_m, warps, stages in first:
+        if kind == "tf32" and width * block_m > 128 * 128:
+            continue
+        tiles.append((_cost(rows, out_channels, block_m, width), (block_m, width, 0, 1, warps, stages)))
+    pairs = [(width, 0) for width in (16, 32)]
+    pairs += [(width, tail) for width in (32, 64, 128) for tail in (16, 32, 64) if tail < width]
+    for width, tail in pairs:
+        # The rows pass through registers, and at width 16 or 32 hardly anything is done with them [estimate].
+        tiles.append(
+            (1.25 * _cost(rows, out_channels, 128, width + tail), (128, width, tail, 0, 4 if width < 128 else 8, 3))
+        )
+    for _, tile in sorted(tiles, key=lambda one: one[0])[:6]:
+        yield tile
 
-    def cost(pair: tuple[int, int]) -> int:
-        width = sum(pair)
-        # Fetching the rows of a tile takes about as long as multiplying by 24 columns [estimate].
-        return -(-channels // width) * (width + 24)
 
-    return sorted((pair for pair in plain + pairs if sum(pair) <= most), key=cost)
+def _cost(rows: int, channels: int, block_m: int, width: int) -> float:
+    """Products of a tiling, those for nothing and the time to fetch both factors included [estimate]."""
+    tiles = -(-rows // block_m) * -(-channels // width)
+    return tiles * (block_m * width + 24 * (block_m + width))
 
 
 def _depth(channels: int, most: int) -> int:

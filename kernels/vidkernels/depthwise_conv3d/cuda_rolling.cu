@@ -265,6 +265,8 @@ struct Walk {
         place.read(frame, words);
 #pragma unroll
         for (int kh = 0; kh < KH; ++kh) {
+            // Most rows of a strided convolution's gradient meet only some taps.
+            if (TRANSPOSED && SH > 1 && !(place.rows >> kh & 1)) continue;
             float x[COLUMNS][VECTOR];
 #pragma unroll
             for (int c = 0; c < COLUMNS; ++c)

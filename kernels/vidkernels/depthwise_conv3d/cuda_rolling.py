@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from ctypes import c_int, c_longlong
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
 
 import torch
@@ -22,8 +23,10 @@ _SOURCE = "depthwise_conv3d/cuda_rolling.cu"
 _REGISTERS = 65_536
 _MOST_TAPS = 32
 _MOST_REGISTERS = 200
-"""Of a thread, as estimated; the compiler adds some and may take 255."""
-_OTHER_REGISTERS = 42
+"""Of a thread, as estimated; the compiler may take 255."""
+_OTHER_REGISTERS = {"FORWARD": 20, "INPUT_GRADIENT": 28, "WEIGHT_GRADIENT": 40}
+"""Addresses and counters, by the least that the compiler was seen to make do with."""
+_AHEAD_REGISTERS = 8
 _BLOCKS = ((256, 2), (192, 2), (128, 3), (128, 2))
 """Threads of a block and blocks of a processor: they leave 128, 168, 168 and 255 registers to a thread."""
 
@@ -78,10 +81,17 @@ class _Walk:
         return (strip - 1) // stride + reach // stride + 1 if self.transposed else (strip - 1) * stride + reach + 1
 
     def registers(self, strip: int) -> int:
-        """Registers of a thread, estimated: filters, open results, the words of a frame, one row widened, the rest."""
+        """Registers of a thread, estimated: filters, open results, one row widened, the words of a frame, the rest."""
         columns = self.columns(strip)
         kept = prod(self.kernel) + self.open * strip + columns
-        return self.vector * kept + self.word * columns * self.kernel[1] + _OTHER_REGISTERS
+        return self.vector * kept + self.word * columns * self.kernel[1] + _OTHER_REGISTERS[self.kind]
+
+    def work(self, strip: int) -> float:
+        """Instructions of a thread for one source frame, estimated: products, loads and conversions, stores, the rest."""
+        products = self.vector * prod(self.kernel) * strip
+        if self.transposed:
+            products /= self.stride[1] * self.stride[2]
+        return products + (1 + self.vector) * self.kernel[1] * self.columns(strip) + 5 * strip + 30
 
     def strips(self, strip: int) -> int:
         """Strips along W; transposed ones begin at multiples of the stride in the padded row."""
@@ -105,9 +115,8 @@ class _Walk:
         step = self.stride[2] if self.transposed else 1
         lengths = {step * max(1, length // step) for length in (4, 7 if self.result[2] % 7 == 0 else 4, 2, 1)}
         fitting = [length for length in lengths if self.registers(length) <= _MOST_REGISTERS]
-        # Longer strips read less twice; positions beyond the row's end are computed for nothing.
-        work = {s: self.strips(s) * (s + 0.35 * self.columns(s)) * (1.3 if s > 4 else 1) for s in fitting}
-        return sorted((s for s in fitting if self.columns(s) <= 32), key=lambda s: work[s])
+        known = [length for length in fitting if self.columns(length) <= 32]
+        return sorted(known, key=lambda length: self.strips(length) * self.work(length))
 
     def refusal(self) -> str | None:
         """Why the kernel does not take this shape."""
@@ -122,33 +131,27 @@ class _Walk:
 
     def candidates(self, gpu: launch.Gpu) -> Iterator[dict[str, int]]:
         """Configurations by expected time, which is estimated from whole waves of blocks."""
-        found: dict[tuple[int, ...], float] = {}
-        for strip in self.strip_lengths()[:3]:
-            for threads, blocks in _BLOCKS:
-                left = min(255, _REGISTERS // (threads * blocks) // 8 * 8)
-                # What the compiler was seen to need is a little less, or a little more, than the estimate.
-                if self.registers(strip) * 0.84 > left or (left == 255 and self.registers(strip) < 160):
-                    continue
-                across, down, use = self.tile(strip, threads)
-                if not use:
-                    continue
-                frames = self.result[0]
-                while True:
-                    tiles = self.tiles(strip, across, down, frames)
-                    slots = gpu.processors * blocks
-                    steps = min(frames + self.steps_ahead, self.result[0])
-                    cost = ceil(tiles * self.lane_tiles / slots) * (steps + 1) * self.columns(strip) * (threads * blocks)
-                    key = (strip, frames, threads, blocks)
-                    found[key] = cost * (1.1 if left == 255 else 1.0)
-                    if frames <= 2:
-                        break
-                    frames = ceil(frames / 2)
-        for strip, frames, threads, blocks in sorted(found, key=lambda key: found[key])[:4]:
-            config = {"STRIP": strip, "FRAMES": frames, "THREADS": threads, "BLOCKS": blocks}
-            # Telling the cache of the next frames takes registers that two blocks of 256 threads do not have.
-            if (threads, blocks) != (256, 2):
-                yield config | {"AHEAD": 2}
-            yield config | {"AHEAD": 0}
+        found: dict[tuple[int, int, int, int, int], float] = {}
+        for strip, (threads, blocks), ahead in product(self.strip_lengths()[:3], _BLOCKS, (2, 0)):
+            left = min(255, _REGISTERS // (threads * blocks) // 8 * 8)
+            needed = self.registers(strip) + (_AHEAD_REGISTERS if ahead else 0)
+            if needed > left or (left == 255 and needed <= 168):
+                continue
+            across, down, _ = self.tile(strip, threads)
+            frames = self.result[0]
+            while True:
+                waves = ceil(self.tiles(strip, across, down, frames) * self.lane_tiles / (gpu.processors * blocks))
+                steps = min(frames + self.steps_ahead, self.result[0]) + 1
+                # Few threads hide less of the way to memory, and the cache's news as well as a third block help.
+                hidden = 1 + (100 if ahead else 150) / (threads * blocks)
+                found[strip, frames, threads, blocks, ahead] = (
+                    waves * threads * blocks * steps * self.work(strip) * hidden
+                )
+                if frames <= 2:
+                    break
+                frames = ceil(frames / 2)
+        for choice in sorted(found, key=lambda choice: found[choice])[:8]:
+            yield dict(zip(("STRIP", "FRAMES", "THREADS", "BLOCKS", "AHEAD"), choice, strict=True))
 
     def tiles(self, strip: int, across: int, down: int, frames: int) -> int:
         """Blocks for each tile of channels."""

@@ -81,7 +81,9 @@ def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False
     for tile in tile_candidates(wide, max(wide, narrow), dtype, gpu, aligned=aligned):
         columns = [-(-width // tile["BLOCK_N"]) for width in (wide, narrow if mirror else wide)]
         clocks = [tile_clocks(tile, sizes.taps, depth) for depth in (wide if mirror else narrow, wide)]
-        if (tiles := sizes.tiles(tile["BLOCK_M"])) is not None:
+        # Both halves in one kernel need more registers: larger tiles would spill.
+        small = tile["BLOCK_M"] * tile["BLOCK_N"] <= (4096 if mirror and gpu.capability < 90 else 8192)
+        if small and (tiles := sizes.tiles(tile["BLOCK_M"])) is not None:
             each = sum(number * one for number, one in zip(columns, clocks, strict=True))
             found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile}))
         count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).total

@@ -127,6 +127,7 @@ def accelerate(
     *,
     implementation: str | Mapping[str, str] = "auto",
     tolerance: float | None = None,
+    show: Callable[[str], object] | None = print,
 ) -> tuple[nn.Module, Report]:
     """A copy of a model in evaluation mode, with layers replaced by faster ones; and what was done.
 
@@ -142,6 +143,7 @@ def accelerate(
         implementation: `auto`; or a name for all ops; or a name for each op, and the layers of other ops stay.
         tolerance: The largest relative Frobenius error of a layer's outputs, and of the model's. None: twice the
             op's tolerance, as both sides are rounded, and for the model that of every swapped layer together.
+        show: What is done with the report's text; None: nothing.
 
     Returns:
         The model, and a report that prints as a table. Of a group, the first place holds the new layer and the others
@@ -171,7 +173,10 @@ def accelerate(
             put_back()
         why = f"all was undone: the whole model's error {error:.1e} exceeds {gate:.1e}"
         rows = [replace(row, swapped=False, reason=why) if row.swapped else row for row in rows]
-    return slot["model"], Report(tuple(rows), error)
+    report = Report(tuple(rows), error)
+    if show is not None:
+        show(str(report))
+    return slot["model"], report
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -179,7 +184,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """What could be swapped, the larger groups first."""
+    """What could be swapped: pairs first, then the larger of the groups."""
     groups: list[_Candidate] = []
     singles: list[_Candidate] = []
     done = [path for path, module in model.named_modules() if isinstance(module, layers.Layer)]
@@ -189,7 +194,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             groups += _of_sequence(path, module)
         singles += _of_module(path, module)
-    yield from sorted(groups, key=lambda group: -len(group.paths))
+    yield from sorted(groups, key=lambda group: (group.kind != "Conv2plus1d", -len(group.paths)))
     yield from singles
 
 
