@@ -37,7 +37,7 @@ from vidkernels.op import Case, Inputs, Op, tensors_of
 
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 BUILT_IN = ("reference", "library", "compiled", "onednn")
-REPORTS = Path(__file__).parents[1] / "reports" / "compiled"
+REPORTS = Path("reports/compiled")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def compile_all(
 
 
 def table_path() -> Path:
-    """The committed table of the Triton that is installed: `triton-3.7.csv`."""
+    """The committed table of the Triton that is installed, below the working directory: `triton-3.7.csv`."""
     return REPORTS / f"triton-{'.'.join(version('triton').split('.')[:2])}.csv"
 
 

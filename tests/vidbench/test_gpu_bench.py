@@ -1,4 +1,4 @@
-"""The scripts for a lent GPU, without one: processes that die, archives, resumption, deadlines, tuning."""
+"""The scripts for an hour on a GPU, without one: processes that die, archives, resumption, deadlines, tuning."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from typing import Any
 
 import host_cuda
@@ -15,6 +16,7 @@ from torch import Tensor
 from vidkernels import cubins, launch, tuning
 from vidkernels.checking import check, run
 from vidkernels.depthwise_conv3d import OP, DepthwiseConv3dCase, cuda_rolling, triton_direct
+from vidkernels.op import Inputs
 
 IMPLEMENTATIONS = ("cuda_rolling", "triton_direct")
 SEVERAL_TILES = {"batch_size": 2, "in_channels": 70, "clip_length": 5, "height": 7, "width": 18, "bias": True}
@@ -23,7 +25,7 @@ OPS = {
     "cuda_rolling": (cuda_rolling._forward, cuda_rolling._input_gradient, cuda_rolling._weight_gradient),
     "triton_direct": (triton_direct._forward, triton_direct._input_gradient, triton_direct._weight_gradient),
 }
-FAST = {("odd sizes", "bf16"), ("uneven strides", "fp32"), ("silu", "fp16")}
+FAST = {("odd sizes", "bf16", 6), ("uneven strides", "fp32", 5), ("silu", "fp16", 6)}
 
 
 @pytest.fixture(autouse=True)
@@ -45,13 +47,11 @@ def _assert_agrees(name: str, case: DepthwiseConv3dCase) -> None:
     assert not check(OP, name, case).failures(OP, case)
 
 
-@pytest.mark.parametrize("channels", [5, 6])
 @pytest.mark.parametrize(
-    ("what", "dtype"),
+    ("what", "dtype", "channels"),
     [
-        pytest.param(what, dtype, marks=[] if (what, dtype) in FAST else pytest.mark.slow, id=f"{what}-{dtype}")
-        for what in AWKWARD["depthwise_conv3d"]
-        for dtype in ("fp32", "fp16", "bf16")
+        pytest.param(*chosen, marks=[] if chosen in FAST else pytest.mark.slow)
+        for chosen in product(AWKWARD["depthwise_conv3d"], ("fp32", "fp16", "bf16"), (5, 6))
     ],
 )
 def test_cuda_agrees_with_float64(what: str, dtype: str, channels: int) -> None:
@@ -59,11 +59,22 @@ def test_cuda_agrees_with_float64(what: str, dtype: str, channels: int) -> None:
     _assert_agrees("cuda_rolling", _case(AWKWARD["depthwise_conv3d"][what], dtype=dtype, in_channels=channels))
 
 
+def _recorded(name: str, inputs: Inputs, wanted: tuple[bool, ...], target: str = "") -> list[launch.Launch]:
+    """What a call on meta tensors and the gradients that are wanted launch."""
+    leaves = [tensor.requires_grad_(asked) for tensor, asked in zip(inputs.tensors(), wanted, strict=False)]
+    with launch.recording(launch.TARGETS[target] if target else launch.gpu_of(leaves[0])) as launches:
+        y = OP[name].fn(*inputs.args, **inputs.kwargs)
+        if any(wanted):
+            y.sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == list(wanted[: len(leaves)])
+    return launches
+
+
 @contextmanager
 def _configured(case: DepthwiseConv3dCase, name: str, choose: Any) -> Iterator[None]:
     """Every launch takes `choose(its candidates)`."""
     with tuning.watching() as choices:
-        run(OP[name].fn, OP.inputs(case, device="meta"), gradients=True)
+        _recorded(name, OP.inputs(case, device="meta"), (True, True, case.bias))
     with ExitStack() as stack:
         for chosen in choices:
             stack.enter_context(tuning.forced(chosen.kernel, chosen.key, choose(chosen.candidates)))
@@ -191,15 +202,8 @@ def test_only_gradients_that_are_wanted_are_computed(
     wanted: tuple[bool, ...], cuda: list[str], triton: list[str]
 ) -> None:
     for name, want in (("cuda_rolling", cuda), ("triton_direct", triton)):
-        inputs = OP.inputs(_case(SMALL), device="meta")
-        for tensor, asked in zip(inputs.args, wanted, strict=True):
-            tensor.requires_grad_(asked)
-        with launch.recording(launch.TARGETS["sm_90"]) as launches:
-            y = OP[name].fn(*inputs.args, **inputs.kwargs)
-            if any(wanted):
-                y.sum().backward()
+        launches = _recorded(name, OP.inputs(_case(SMALL), device="meta"), wanted)
         assert [each.kernel.partition(":")[2] for each in launches] == want
-        assert [tensor.grad is not None for tensor in inputs.args] == list(wanted)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +226,9 @@ def test_what_cuda_refuses(values: dict[str, Any], why: str) -> None:
 def test_registers_hold_all_of_a_thread(target: str) -> None:
     """X3D-M's second stage in bf16: no stack, nothing in local memory."""
     gpu = launch.TARGETS[target]
-    x = torch.empty(8, 54, 16, 56, 56, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    weight = torch.empty(54, 1, 3, 3, 3, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    with launch.recording(gpu) as launches:
-        cuda_rolling.depthwise_conv3d(x, weight, padding=1).sum().backward()
-    for each in launches:
+    x = torch.empty(8, 54, 16, 56, 56, dtype=torch.bfloat16, device="meta")
+    weight = torch.empty(54, 1, 3, 3, 3, dtype=torch.bfloat16, device="meta")
+    for each in _recorded("cuda_rolling", Inputs((x, weight), {"padding": 1}), (True, True), target):
         found = cubins.resources(*cubins.build(each, gpu), gpu)
         assert (found.stack_bytes, found.local_accesses) == (0, 0), each
         assert found.registers <= 168
