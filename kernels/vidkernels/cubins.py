@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -10,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vidkernels.cuda_source import compile_source
+from vidkernels.cuda_source import ROOT, compile_source
 from vidkernels.launch import Gpu, Launch, TensorMap, descriptor, triton_function
 
 
@@ -68,6 +69,14 @@ def key(launch: Launch, gpu: Gpu) -> str:
     )
     text = " ".join(f"{name}={value}" for name, value in values.items())
     return f"{launch.kernel} ({types}) {text} num_warps={options.num_warps} num_stages={options.num_stages}"
+
+
+def source(launch: Launch) -> str:
+    """A hash of the kernel's source, and of all that it calls."""
+    if launch.language == "triton":
+        text: str = triton_function(launch.kernel).cache_key
+        return text
+    return hashlib.sha256((ROOT / launch.kernel.partition(":")[0]).read_bytes()).hexdigest()
 
 
 def build(launch: Launch, gpu: Gpu) -> tuple[bytes, int]:

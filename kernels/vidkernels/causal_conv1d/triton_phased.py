@@ -111,7 +111,7 @@ def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: boo
     """
     shapes: tuple[tuple[int, int, int, int], ...]
     if dtype in ("fp16", "bf16"):
-        shapes = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
+        shapes = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
         inner, item = 64 if aligned else 32, 2
     elif dtype == "tf32":
         shapes = ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3))
@@ -155,9 +155,9 @@ def gradient_candidates(outs: int, ins: int, dtype: str, *, aligned: bool) -> li
     """Tiles of a filter gradient; arguments as of `tile_candidates`."""
     shapes: tuple[tuple[int, int, int, int, int], ...]
     if dtype in ("fp16", "bf16"):
-        shapes = ((64, 64, 64, 4, 3), (128, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 32, 64, 4, 4))
+        shapes = ((64, 64, 64, 8, 3), (128, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 32, 64, 4, 4))
         if not aligned:
-            shapes = ((64, 64, 64, 8, 2), (32, 32, 64, 4, 2))
+            shapes = ((64, 32, 64, 8, 2), (32, 32, 64, 4, 2))
     elif dtype == "tf32":
         shapes = ((64, 64, 32, 4, 3), (32, 32, 64, 4, 3))
     else:
@@ -178,7 +178,7 @@ def gradient_candidates(outs: int, ins: int, dtype: str, *, aligned: bool) -> li
 def finish_tiles(splits: int) -> dict[str, int]:
     """Tiles of the sum over splits: shares side by side, so that their loads overlap."""
     shares = 1 if splits <= 1 else 4 if splits <= 4 else 16
-    return {"SPLITS": shares, "BLOCK": min(1024, 4096 // shares)}
+    return {"SPLITS": shares, "BLOCK": min(1024, 2048 // shares)}
 
 
 def pack_block(ins: int, taps: int) -> int:

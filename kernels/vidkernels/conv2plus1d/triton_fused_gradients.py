@@ -26,7 +26,7 @@ def hidden_gradient(
         As raw; and of every tile its sum and its sum of products with the normalised raw, (tiles, stored M).
     """
     gpu = launch.gpu_of(g)
-    candidates = product_tiles(g, pair.positions, pair.mid, pair.out_channels, gpu, epilogue=True)
+    candidates = product_tiles(g, pair.positions, pair.mid, pair.out_channels, gpu, spare=True)
     config = tuning.pick("conv2plus1d/triton_fused/hidden_gradient", pair.key(g), candidates, gpu)
     stride = pair.stride[0]
     class_positions = pair.clips * -(-pair.sizes[0] // stride) * pair.pixels

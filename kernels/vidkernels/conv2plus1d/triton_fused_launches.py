@@ -256,7 +256,7 @@ def temporal(mid: Tensor, weight: Tensor, affine: Tensor | None, pair: Pair) -> 
         (N, T', H', W', C_out).
     """
     gpu = launch.gpu_of(mid)
-    candidates = product_tiles(mid, pair.out_positions, pair.out_channels, 64, gpu, split=False)
+    candidates = product_tiles(mid, pair.out_positions, pair.out_channels, 64, gpu, split=False, spare=True)
     config = dict(tuning.pick("conv2plus1d/triton_fused/temporal", pair.key(mid), candidates, gpu))
     del config["BLOCK_N2"]
     y = mid.new_empty((pair.clips, *pair.out_sizes, pair.out_channels))

@@ -108,20 +108,21 @@ class Pair:
 
 
 def product_tiles(
-    x: Tensor, rows: int, columns: int, depth: int, gpu: Gpu, *, split: bool = True, epilogue: bool = False
+    x: Tensor, rows: int, columns: int, depth: int, gpu: Gpu, *, split: bool = True, spare: bool = False
 ) -> list[Config]:
     """Tiles of a product of rows × depth × columns, where depth is what one tap contributes.
 
     Args:
         split: Two accumulators may share the columns.
-        epilogue: Another tensor of the tile's size is loaded at the end, and must fit the registers as well.
+        spare: Registers are wanted for more than accumulators: what is loaded is normalised, or another tensor of the
+            tile's size comes in at the end.
     """
     ieee = x.dtype is torch.float32 and launch.precision(x) == "ieee"
     block_k = _depth(depth, 16 if ieee else 128 // x.element_size())
     found: list[tuple[float, Config]] = []
     for block_m, width, width2 in _shapes(ieee, columns, gpu, split=split):
         # A tile that is twice as high as needed is none; but there must be one.
-        if (epilogue and block_m * (width + width2) > 128 * 128) or (block_m > 64 and block_m >= 2 * rows):
+        if (spare and block_m * (width + width2) > 128 * 128) or (block_m > 64 and block_m >= 2 * rows):
             continue
         if config := _staged(x, block_m, width, width2, block_k, gpu):
             found.append((_cost(rows, columns, block_m, width + width2, gpu), config))
@@ -188,7 +189,7 @@ def _shapes(ieee: bool, columns: int, gpu: Gpu, *, split: bool = True) -> Iterat
     most = 64 * 64 if ieee else 256 * 160 if gpu.capability == 90 else 128 * 144
     for block_m in (64,) if ieee else (64, 128, 256) if gpu.capability == 90 else (64, 128):
         for width, width2 in _WIDTHS:
-            if width2 == 32 and gpu.capability < 90:
+            if (width2 == 32 and gpu.capability < 90) or (width == 16 and columns > 32):
                 continue
             narrow = width <= 16 or width // 2 < columns
             if block_m * (width + width2) <= most and narrow and not (width2 and (ieee or not split)):

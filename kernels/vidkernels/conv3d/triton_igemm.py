@@ -5,6 +5,7 @@ Source: Chetlur et al. (2014), arXiv:1410.0759, §3, for the product whose left 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ __all__ = ["conv3d", "forward", "input_gradient", "weight_gradient"]
 
 
 def _limits(case: Conv3dCase) -> str | None:
+    if prod(case.weight_shape) >= 2**31:
+        return f"{prod(case.weight_shape)} weights: offsets within them are of 32 bits"
     return launch.dtype_refusal(case, "fp32", "tf32", "fp16", "bf16")
 
 
@@ -73,7 +76,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, residual, *ctx.geometry, activation = inputs
     if residual is not None or activation != "none":
         raise ValueError("conv3d_igemm has no gradient through a residual or an activation: apply them after it")
-    ctx.has_bias = bias is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight)
 
 
@@ -86,7 +89,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if wanted_weight:
         gw = _weight_gradient(x, g, weight.shape[1:4], *ctx.geometry)
     if wanted_bias:
-        gb = g.sum((0, 1, 2, 3), dtype=torch.float32).to(g.dtype)
+        gb = g.sum((0, 1, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
     return gx, gw, gb, None, None, None, None, None
 
 

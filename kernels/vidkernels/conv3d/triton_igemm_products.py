@@ -6,6 +6,7 @@ from math import gcd, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -148,6 +149,10 @@ def _convolve(
             **constants,
         )
     else:
+        x = aligned(x)
+        missing = x.shape[-1] - in_channels
+        weight = F.pad(weight, (0,) * 9 + (missing,) if transposed else (0, missing)) if missing else weight
+        in_channels = x.shape[-1]
         in_unit = gcd(in_channels, 16)
         launch.triton(
             f"{_KERNELS}:gather",

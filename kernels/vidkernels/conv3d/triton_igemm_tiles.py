@@ -73,7 +73,11 @@ def convolution_tiles(
     kind = arithmetic(x)
     candidates: list[Config] = []
     shapes = _boxed_shapes if boxed and kind != "fp32" else _plain_shapes
-    for block_m, block_n, tail, weight_first, warps, stages in shapes(kind, rows, out_channels, gpu):
+    # Rows of odd lengths are stored in small pieces, each with its pointer: large tiles of them would spill registers.
+    whole = out_channels * x.element_size() % 16 == 0
+    most = 4096 if whole else 2048 if boxed else 1024
+    tiles = [tile for tile in shapes(kind, rows, out_channels, gpu) if tile[0] * (tile[1] + tile[2]) <= most * tile[4]]
+    for block_m, block_n, tail, weight_first, warps, stages in tiles[:6]:
         block_k = _depth(in_channels, 16 if kind == "fp32" else 32 if kind == "tf32" or gpu.capability < 90 else 64)
         while stages > 1 and stages * (block_m + block_n + tail) * block_k * x.element_size() > _operand_bytes(gpu):
             stages -= 1
@@ -131,7 +135,7 @@ def _boxed_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator
         tiles.append(
             (1.25 * _cost(rows, out_channels, 128, width + tail), (128, width, tail, 0, 4 if width < 128 else 8, 3))
         )
-    for _, tile in sorted(tiles, key=lambda one: one[0])[:6]:
+    for _, tile in sorted(tiles, key=lambda one: one[0]):
         yield tile
 
 
@@ -197,7 +201,8 @@ def _weight_shapes(
         return
     depth = 32 if kind == "tf32" or gpu.capability < 90 else 64
     for most in (128, 64):
-        rows = power_of_two(out_channels, 16, most)
+        # wgmma has 64 rows at least.
+        rows = power_of_two(out_channels, 16 if gpu.capability < 90 else 64, most)
         for group in groups:
             columns = power_of_two(in_channels, 16, 64 if group > 1 else most)
             yield rows, columns, depth, group, 8 if rows * columns > 64 * 64 else 4, 3

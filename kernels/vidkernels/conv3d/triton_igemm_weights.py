@@ -41,9 +41,14 @@ def weight_gradient(
     if isinstance(x, FakeTensor):
         return gw  # Its sizes may be symbols, and there is nothing to launch.
     gpu = launch.gpu_of(x)
-    samples, in_channels, out_channels = x.shape[0], x.shape[-1], g.shape[-1]
-    t, h, w = g.shape[1:4]
     boxed = copied_as_boxes(gpu) and stride == (1, 1, 1)
+    x, g = aligned(x), aligned(g)
+    if not boxed and (x.shape[-1] != gw.shape[-1] or g.shape[-1] != gw.shape[0]):
+        # The gradients of the channels that filled up the last unit are dropped.
+        whole = weight_gradient(x, g, kernel_size, stride, padding, dilation)
+        return gw.copy_(whole[: gw.shape[0], ..., : gw.shape[-1]])
+    samples, in_channels, out_channels = x.shape[0], gw.shape[-1], gw.shape[0]
+    t, h, w = g.shape[1:4]
     taps, positions = prod(kernel_size), samples * t * h * w
     if positions == 0:
         return gw.zero_()
@@ -66,8 +71,8 @@ def weight_gradient(
         launch.triton(
             f"{_KERNELS}:boxes",
             grid,
-            tensor_map(aligned(x), (*shape, block_n)),
-            tensor_map(aligned(g), (*shape, block_m)),
+            tensor_map(x, (*shape, block_n)),
+            tensor_map(g, (*shape, block_m)),
             target,
             samples,
             t,

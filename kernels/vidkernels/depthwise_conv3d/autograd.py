@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from vidkernels import launch
 from vidkernels.shapes import Triple, triple
 
-FORWARD = "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation) -> Tensor"
+FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, str activation) -> Tensor"
+)
 INPUT_GRADIENT = (
-    "(Tensor gradient, Tensor weight, int[] sizes, int[] stride, int[] padding, int[] dilation) -> Tensor"
+    "(Tensor gradient, Tensor weight, SymInt[] sizes, int[] stride, int[] padding, int[] dilation) -> Tensor"
 )
 WEIGHT_GRADIENT = (
-    "(Tensor gradient, Tensor x, int[] kernel, bool bias, int[] stride, int[] padding, int[] dilation)"
+    "(Tensor gradient, Tensor x, SymInt[] kernel, bool bias, int[] stride, int[] padding, int[] dilation)"
     " -> (Tensor, Tensor)"
 )
 """Schemas, less the names. `sizes` are x's (T, H, W); gradients of weight (C, 1, kT, kH, kW) and bias (C), the latter
@@ -84,6 +87,11 @@ class Ops:
         rows = x.permute(0, 2, 3, 4, 1).contiguous()
         y: Tensor = self.forward(rows, weight.contiguous(), bias, *form, activation)
         return y.permute(0, 4, 1, 2, 3)
+
+
+def only_shapes(tensor: Tensor) -> bool:
+    """A tensor of torch.compile's: results are allocated, and no launch is configured for sizes that may be symbols."""
+    return isinstance(tensor, FakeTensor)
 
 
 def in_pairs(channels: int, *tensors: Tensor) -> bool:

@@ -7,12 +7,21 @@ from ctypes import c_int, c_longlong
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidkernels import cuda_source, launch, tuning
-from vidkernels.depthwise_conv3d.autograd import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Ops, in_pairs, three
+from vidkernels.depthwise_conv3d.autograd import (
+    FORWARD,
+    INPUT_GRADIENT,
+    WEIGHT_GRADIENT,
+    Ops,
+    in_pairs,
+    only_shapes,
+    three,
+)
 from vidkernels.depthwise_conv3d.case import OP, DepthwiseConv3dCase
 from vidkernels.op import dtype_name
 from vidkernels.shapes import Triple, conv_sizes
@@ -87,8 +96,8 @@ class _Walk:
         return self.vector * kept + self.word * columns * self.kernel[1] + _OTHER_REGISTERS[self.kind]
 
     def work(self, strip: int) -> float:
-        """Instructions of a thread for one source frame, estimated: products, loads and conversions, stores, the rest."""
-        products = self.vector * prod(self.kernel) * strip
+        """Instructions of a thread for a source frame, estimated: products, loads and conversions, stores, the rest."""
+        products: float = self.vector * prod(self.kernel) * strip
         if self.transposed:
             products /= self.stride[1] * self.stride[2]
         return products + (1 + self.vector) * self.kernel[1] * self.columns(strip) + 5 * strip + 30
@@ -167,20 +176,24 @@ class _Walk:
         gpu = launch.gpu_of(tensor)
         return tuning.pick(name, key, list(self.candidates(gpu)), gpu)
 
-    def macros(self, config: tuning.Config, dtype: torch.dtype) -> dict[str, int | str]:
+    def macros(self, config: tuning.Config, dtype: torch.dtype) -> dict[str, Any]:
         """Compile-time constants of the kernels, less what only one of them knows."""
         axes = "THW"
         forms = {"K": self.kernel, "S": self.stride, "D": self.dilation}
-        names: dict[str, int | str] = {a + axis: n for a, ns in forms.items() for axis, n in zip(axes, ns, strict=True)}
+        names: dict[str, Any] = {a + axis: n for a, ns in forms.items() for axis, n in zip(axes, ns, strict=True)}
         chosen = {name: config[name] for name in ("STRIP", "THREADS", "BLOCKS", "AHEAD")}
-        return names | chosen | {
-            "KERNEL": self.kind,
-            "SCALAR": _SCALARS[dtype],
-            "VECTOR": self.vector,
-            "CHANNELS": self.channels,
-            "ACTIVATION": 0,
-            "BIAS": 0,
-        }
+        return (
+            names
+            | chosen
+            | {
+                "KERNEL": self.kind,
+                "SCALAR": _SCALARS[dtype],
+                "VECTOR": self.vector,
+                "CHANNELS": self.channels,
+                "ACTIVATION": 0,
+                "BIAS": 0,
+            }
+        )
 
     def sizes(self, config: tuning.Config) -> tuple[list[c_int], int]:
         """The kernels' integer parameters, and how many blocks there are for each tile of channels."""
@@ -216,13 +229,17 @@ def _forward(
     n, *sizes, c = x.shape
     kernel = three(weight.shape[2:])
     out = conv_sizes(three(sizes), kernel, three(stride), three(padding), three(dilation))
+    y = x.new_empty(n, *out, c)
+    if only_shapes(x):
+        return y
     walk = _walk("FORWARD", three(sizes), out, kernel, (stride, padding, dilation), x)
     config = walk.config(x)
     numbers, tiles = walk.sizes(config)
-    y = x.new_empty(n, *out, c)
     macros = walk.macros(config, x.dtype) | {"ACTIVATION": _ACTIVATIONS[activation]}
     grid = tiles * walk.lane_tiles, 1, 1
-    cuda_source.cuda(f"{_SOURCE}:walk", grid, x, weight.contiguous(), bias, y, *numbers, block=config["THREADS"], **macros)
+    cuda_source.cuda(
+        f"{_SOURCE}:walk", grid, x, weight.contiguous(), bias, y, *numbers, block=config["THREADS"], **macros
+    )
     return y
 
 
@@ -237,11 +254,13 @@ def _input_gradient(
 ) -> Tensor:
     gradient = gradient.contiguous()
     n, *out, c = gradient.shape
+    result = gradient.new_empty(n, *sizes, c)
+    if only_shapes(gradient):
+        return result
     form = stride, padding, dilation
     walk = _walk("INPUT_GRADIENT", three(sizes), three(out), three(weight.shape[2:]), form, gradient)
     config = walk.config(gradient)
     numbers, tiles = walk.sizes(config)
-    result = gradient.new_empty(n, *sizes, c)
     macros = walk.macros(config, gradient.dtype)
     args = gradient, weight.contiguous(), None, result, *numbers
     cuda_source.cuda(f"{_SOURCE}:walk", (tiles * walk.lane_tiles, 1, 1), *args, block=config["THREADS"], **macros)
@@ -259,7 +278,11 @@ def _weight_gradient(
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     gradient, x = gradient.contiguous(), x.contiguous()
-    n, *sizes, c = x.shape
+    _, *sizes, c = x.shape
+    weight_gradient = x.new_empty(c, 1, *kernel)
+    bias_gradient = x.new_empty(c if bias else 0)
+    if only_shapes(x):
+        return weight_gradient, bias_gradient
     out = three(gradient.shape[1:4])
     form = stride, padding, dilation
     walk = _walk("WEIGHT_GRADIENT", three(sizes), out, three(kernel), form, x, gradient)
@@ -273,11 +296,7 @@ def _weight_gradient(
     partial = x.new_empty(splits, taps + bias, c, dtype=torch.float32)
     macros = walk.macros(config, x.dtype) | {"BIAS": int(bias)}
     args = x, gradient, partial, *numbers, c_longlong(tiles), c_int(splits)
-    cuda_source.cuda(
-        f"{_SOURCE}:collect", (splits * walk.lane_tiles, 1, 1), *args, block=config["THREADS"], **macros
-    )
-    weight_gradient = x.new_empty(c, 1, *kernel)
-    bias_gradient = x.new_empty(c if bias else 0)
+    cuda_source.cuda(f"{_SOURCE}:collect", (splits * walk.lane_tiles, 1, 1), *args, block=config["THREADS"], **macros)
     grid = ceil((taps + bias) * c / 32), 1, 1
     results = partial, weight_gradient, bias_gradient if bias else None
     numbers = [c_int(splits), c_int(taps), c_int(c)]

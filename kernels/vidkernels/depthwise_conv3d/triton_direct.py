@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import ceil, prod
+from math import ceil, gcd, prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidkernels import launch, tuning
-from vidkernels.depthwise_conv3d.autograd import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Ops, three
+from vidkernels.depthwise_conv3d.autograd import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Ops, only_shapes, three
 from vidkernels.depthwise_conv3d.case import OP, DepthwiseConv3dCase
 from vidkernels.op import dtype_name
 from vidkernels.shapes import Triple, conv_sizes
@@ -20,8 +21,8 @@ _PARTS = 512
 
 
 def _candidates(positions: int, channels: int) -> Iterator[dict[str, int]]:
-    """Tiles by the share of them that is used; narrow ones load short pieces of memory, small ones hide less latency."""
-    found = []
+    """Tiles by the share of them that is used; narrow ones load short pieces of memory, small ones hide less of it."""
+    found: list[tuple[float, int, int, int]] = []
     for block_c, loss in ((64, 1.0), (32, 1.0), (16, 0.9), (8, 0.7)):
         for elements in (2048, 1024):
             block_p = elements // block_c
@@ -37,9 +38,10 @@ def _config(kind: str, tensor: Tensor, channels: int, form: Sequence[int], clips
     return tuning.pick(f"depthwise_conv3d/triton_direct/{kind}", key, candidates, launch.gpu_of(tensor))
 
 
-def _constants(channels: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> dict[str, int]:
+def _constants(channels: int, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> dict[str, Any]:
     names = {"K": kernel, "S": stride, "D": dilation}
-    return {"C": channels} | {a + axis: n for a, ns in names.items() for axis, n in zip("THW", ns, strict=True)}
+    form = {a + axis: n for a, ns in names.items() for axis, n in zip("THW", ns, strict=True)}
+    return {"C": channels, "VECTOR": gcd(channels, 8), **form}
 
 
 def _gather(
@@ -55,14 +57,16 @@ def _gather(
     n, *sizes, c = source.shape
     stride, padding, dilation = form
     kernel = weight.shape[2:]
-    config = dict(_config(kind, source, c, (*kernel, *stride, *dilation), n, result_sizes))
     result = source.new_empty(n, *result_sizes, c)
+    if only_shapes(source):
+        return result
+    config = dict(_config(kind, source, c, (*kernel, *stride, *dilation), n, result_sizes))
     t, h, w = result_sizes
     grid = n * ceil(t * h * w / config["BLOCK_P"]), ceil(c / config["BLOCK_C"])
     args = source.contiguous(), weight.contiguous(), bias, result, *sizes, *result_sizes, *padding
     constants = _constants(c, kernel, stride, dilation)
-    flags = {"TRANSPOSED": kind == "input_gradient", "ACTIVATION": activation}
-    launch.triton(f"{_MODULE}:gather", grid, *args, **constants, **flags, **config)
+    constants |= {"TRANSPOSED": kind == "input_gradient", "ACTIVATION": activation}
+    launch.triton(f"{_MODULE}:gather", grid, *args, **constants, **config)
     return result
 
 
@@ -105,6 +109,10 @@ def _weight_gradient(
 ) -> tuple[Tensor, Tensor]:
     gradient = gradient.contiguous()
     n, *sizes, c = x.shape
+    weight_gradient = x.new_empty(c, 1, *kernel)
+    bias_gradient = gradient.sum((0, 1, 2, 3), dtype=torch.float32).to(x.dtype) if bias else x.new_empty(0)
+    if only_shapes(x):
+        return weight_gradient, bias_gradient
     out = three(gradient.shape[1:4])
     config = dict(_config("weight_gradient", x, c, (*kernel, *stride, *dilation), n, out))
     width = min(kernel[2], 3)
@@ -115,12 +123,10 @@ def _weight_gradient(
     args = x.contiguous(), gradient, partial, n, parts, *sizes, *out, *padding
     constants = _constants(c, kernel, stride, dilation)
     launch.triton(f"{_MODULE}:correlate", grid, *args, **constants, WIDTH=width, **config)
-    weight_gradient = x.new_empty(c, 1, *kernel)
     launch.triton(
         f"{_MODULE}:sum_parts", (ceil(prod(kernel) * c / 32),), partial, weight_gradient, parts,
         C=c, TAPS=prod(kernel), BLOCK_S=32, BLOCK_E=32, num_warps=4, num_stages=1,
     )  # fmt: skip
-    bias_gradient = gradient.sum((0, 1, 2, 3), dtype=torch.float32).to(x.dtype) if bias else x.new_empty(0)
     return weight_gradient, bias_gradient
 
 
@@ -145,7 +151,7 @@ def depthwise_conv3d(
     dilation: int | Triple = 1,
     activation: str = "none",
 ) -> Tensor:
-    """y = activation(b + Σ taps), (N, C, T', H', W') channels-last, one program for each tile of positions and channels.
+    """y = activation(b + Σ taps), (N, C, T', H', W') channels-last; a program for each tile of positions and channels.
 
     Raises:
         ValueError: dtypes that differ.

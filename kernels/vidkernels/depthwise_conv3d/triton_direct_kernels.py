@@ -19,7 +19,7 @@ def _met(start, k, stride: tl.constexpr, dilation: tl.constexpr, size, TRANSPOSE
             exists = exists & (shifted % stride == 0)
             shifted = shifted // stride
         return shifted, exists & (shifted < size)
-    else:
+    else:  # noqa: RET505 - a branch at compile time
         place = start + k * dilation
         return place, (place >= 0) & (place < size)
 
@@ -29,8 +29,17 @@ def _start(position, stride: tl.constexpr, pad, TRANSPOSED: tl.constexpr):
     """What a result meets with the first tap; in the input's gradient, times the stride."""
     if TRANSPOSED:
         return position + pad
-    else:
+    else:  # noqa: RET505 - a branch at compile time
         return position * stride - pad
+
+
+@triton.jit
+def _channels(block, C: tl.constexpr, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of a tile, the first ones in place of those beyond the last; and which exist. VECTOR divides C."""
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    exists = c < C
+    c = tl.max_contiguous(tl.multiple_of(tl.where(exists, c, 0), VECTOR), VECTOR)
+    return c[None, :], exists[None, :]
 
 
 @triton.jit(
@@ -44,27 +53,28 @@ def gather(
     C: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """result = activation(bias + Σ over taps of weight ⊙ source); TRANSPOSED: the input's gradient from the output's."""
+    """result = activation(bias + Σ over taps of weight ⊙ source); TRANSPOSED: x's gradient from that of y."""
     positions = result_t * result_h * result_w
     blocks = tl.cdiv(positions, BLOCK_P)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
     source += clip * source_t * source_h * source_w * C
     result += clip * positions * C
     p = (tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]  # [BLOCK_P, 1]
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]  # [1, BLOCK_C]
-    stored = (p < positions) & (c < C)  # [BLOCK_P, BLOCK_C]
+    c, channels = _channels(tl.program_id(1), C, VECTOR, BLOCK_C)  # [1, BLOCK_C]
+    stored = (p < positions) & channels  # [BLOCK_P, BLOCK_C]
     p = tl.where(p < positions, p, 0)
-    c = tl.where(c < C, c, 0)
     start_t = _start(p // (result_h * result_w), ST, pad_t, TRANSPOSED)
     start_h = _start(p // result_w % result_h, SH, pad_h, TRANSPOSED)
     start_w = _start(p % result_w, SW, pad_w, TRANSPOSED)
     taps = weight + c * (KT * KH * KW)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for kt in tl.static_range(KT):
+    # Loops: taps that are all unrolled would all be loaded first, into more registers than there are.
+    for kt in range(KT):
         t, in_clip = _met(start_t, kt, ST, DT, source_t, TRANSPOSED)
-        for kh in tl.static_range(KH):
+        for kh in range(KH):
             h, in_frame = _met(start_h, kh, SH, DH, source_h, TRANSPOSED)
             in_frame = in_frame & in_clip
             row = (t * source_h + h) * source_w
@@ -95,16 +105,14 @@ def correlate(
     C: tl.constexpr, KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     ST: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     DT: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    WIDTH: tl.constexpr, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Sums of gradient · source over every `parts`-th tile, for WIDTH taps of one row: partial (parts, taps, C)."""
     GROUPS: tl.constexpr = (KW + WIDTH - 1) // WIDTH
     part = tl.program_id(0)
     line = tl.program_id(1) // GROUPS
     first = tl.program_id(1) % GROUPS * WIDTH
-    c = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]  # [1, BLOCK_C]
-    stored = c < C
-    c = tl.where(stored, c, 0)
+    c, stored = _channels(tl.program_id(2), C, VECTOR, BLOCK_C)  # [1, BLOCK_C]
     positions = result_t * result_h * result_w
     blocks = tl.cdiv(positions, BLOCK_P)
     total0 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)

@@ -81,11 +81,12 @@ def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False
     for tile in tile_candidates(wide, max(wide, narrow), dtype, gpu, aligned=aligned):
         columns = [-(-width // tile["BLOCK_N"]) for width in (wide, narrow if mirror else wide)]
         clocks = [tile_clocks(tile, sizes.taps, depth) for depth in (wide if mirror else narrow, wide)]
-        # Both halves in one kernel need more registers: larger tiles would spill.
-        small = tile["BLOCK_M"] * tile["BLOCK_N"] <= (4096 if mirror and gpu.capability < 90 else 8192)
-        if small and (tiles := sizes.tiles(tile["BLOCK_M"])) is not None:
+        # Both halves in one kernel need more registers: larger tiles would spill, and 4 warps hold half as much.
+        area = tile["BLOCK_M"] * tile["BLOCK_N"]
+        most = 2048 if dtype == "fp32" else 4096 if mirror and gpu.capability < 90 else 8192
+        if area <= most and (tiles := sizes.tiles(tile["BLOCK_M"])) is not None:
             each = sum(number * one for number, one in zip(columns, clocks, strict=True))
-            found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile}))
+            found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile, "num_warps": 8 if area > 2048 else 4}))
         count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).total
         halves = (waves(count * number, gpu) * one for number, one in zip(columns, clocks, strict=True))
         found.append((LAUNCH_CLOCKS + sum(halves), {"FUSED": 0, **tile}))
