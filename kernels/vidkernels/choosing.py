@@ -286,7 +286,6 @@ def _restored(described: Any) -> Any:
     return rest[0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant_choice(name: str, described: Any, parameters: Any) -> tuple[str, str | None]:
     from vidkernels import OPS
 
@@ -297,3 +296,7 @@ def _constant_choice(name: str, described: Any, parameters: Any) -> tuple[str, s
         case = replace(case, dtype="tf32")
     choice = choose(op, case, device)
     return choice.implementation, choice.memory_format
+
+
+# What `torch.compiler.assume_constant_result` does, but for importing dynamo, and Triton with it, on the way.
+_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]

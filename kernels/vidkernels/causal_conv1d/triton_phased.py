@@ -111,7 +111,7 @@ def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: boo
     """
     shapes: tuple[tuple[int, int, int, int], ...]
     if dtype in ("fp16", "bf16"):
-        shapes = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
+        shapes = ((128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 4), (64, 128, 8, 3), (32, 64, 4, 4), (16, 64, 4, 4))
         inner, item = 64 if aligned else 32, 2
     elif dtype == "tf32":
         shapes = ((128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 3), (16, 32, 4, 3))

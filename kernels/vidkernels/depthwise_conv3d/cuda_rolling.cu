@@ -67,13 +67,6 @@ __device__ constexpr bool frame_used(int f) {
     return false;
 }
 
-// From frame `f` of a step to the next frame that is used.
-__device__ constexpr int frames_ahead(int f) {
-    int ahead = 1;
-    while (!frame_used((f + ahead) % IN_STEP)) ++ahead;
-    return ahead;
-}
-
 // VECTOR scalars as one word of memory. Words, not scalars, are what predicated loads zero and registers hold.
 template <int bytes> struct Bits;
 template <> struct Bits<2> { using type = unsigned short; };
