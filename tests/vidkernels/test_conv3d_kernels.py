@@ -67,7 +67,7 @@ EACH = [pytest.param(i, id=name) for i, name in enumerate(("forward", "input_gra
 
 def _operands() -> tuple[Tensor, Tensor, Tensor]:
     """Of a 3×1×2 kernel, 24 to 40 channels, on odd sizes."""
-    return _random(2, 3, 5, 7, 24), _random(40, 3, 1, 2, 24, seed=1) / 12, _random(2, 3, 5, 8, 40, seed=2)
+    return _random(2, 2, 3, 7, 24), _random(40, 3, 1, 2, 24, seed=1) / 12, _random(2, 2, 3, 8, 40, seed=2)
 
 
 def _choices(gpu: launch.Gpu) -> list[Chosen]:
@@ -77,7 +77,9 @@ def _choices(gpu: launch.Gpu) -> list[Chosen]:
     return chosen
 
 
-@pytest.mark.parametrize("what", ["even kernel", "dilated", "uneven strides", "one position", "residual"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("even kernel", marks=pytest.mark.slow), "uneven strides", "one position", "residual"]
+)
 def test_rows_gathered_by_pointers(what: str) -> None:
     with launch.assume(launch.TARGETS["sm_80"]):
         _agrees("fp32", **{**AWKWARD["conv3d"][what], "batch_size": 1})
@@ -116,7 +118,7 @@ def _one(which: int, x: Tensor, weight: Tensor, g: Tensor, geometry: Geometry) -
 def test_parts_of_the_depth(gpu: launch.Gpu) -> None:
     """Sums of parts are the same sums, bias, residual and activation come once, and all is repeatable to the bit."""
     x, weight, g = _operands()
-    bias, residual = _random(40, seed=3), _random(2, 3, 5, 8, 40, seed=4)
+    bias, residual = _random(40, seed=3), _random(2, 2, 3, 8, 40, seed=4)
     with ExitStack() as stack:
         stack.enter_context(launch.assume(gpu))
         for chosen in _choices(gpu):
@@ -151,13 +153,13 @@ def test_positions_that_no_tap_meets(gpu: launch.Gpu, kernel_size: Triple, strid
 
 
 def test_opcheck() -> None:
-    x, weight, bias = _random(2, 2, 3, 4, 5, dtype=torch.float32), _random(6, 1, 2, 1, 5, dtype=torch.float32), None
+    x, weight, bias = _random(2, 1, 3, 2, 5, dtype=torch.float32), _random(6, 1, 2, 1, 5, dtype=torch.float32), None
     x.requires_grad_()
     weight.requires_grad_()
     geometry = [1, 1, 1], [0, 1, 0], [1, 1, 1]
     ops = torch.ops.vidkernels
     torch.library.opcheck(ops.conv3d_igemm, (x, weight, bias, None, *geometry, "none"))
-    g = _random(2, 2, 4, 4, 6, dtype=torch.float32)
+    g = _random(2, 1, 4, 2, 6, dtype=torch.float32)
     x, weight = x.detach(), weight.detach()
     torch.library.opcheck(ops.conv3d_igemm, (x, weight, _random(6, dtype=torch.float32), g, *geometry, "silu"))
     torch.library.opcheck(ops.conv3d_igemm_input_gradient, (g, weight, list(x.shape), *geometry))

@@ -76,8 +76,8 @@ def drop(z, seed, row, start, threshold, scale, WHICH: tl.constexpr):
     """z, [BLOCK_M, BLOCK_N], with elements dropped and the others scaled.
 
     What is drawn depends on the seed, the row in memory and the column alone, not on the tiles. Every call of Philox
-    serves 8 columns, 16 bits each. 7 rounds pass all statistical tests in Salmon et al. (2011), "Parallel random
-    numbers: as easy as 1, 2, 3", table 2.
+    serves 8 columns, 16 bits each. 7 rounds are the fewest that passed every test of Salmon et al. (2011),
+    "Parallel random numbers: as easy as 1, 2, 3".
     """
     zero = tl.zeros([z.shape[0], z.shape[1] // 8], tl.uint32)
     group = start // 8 + tl.arange(0, z.shape[1] // 8)

@@ -1,0 +1,9 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: threads of several workers would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
