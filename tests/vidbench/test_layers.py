@@ -12,7 +12,7 @@ import torch
 from vidbench import layers, models
 from vidkernels import OPS
 
-BUILT_IN = ("reference", "library", "compiled")
+BUILT_IN = ("reference", "library", "compiled", "onednn")
 DTYPES = ("bf16", "fp16", "tf32", "fp32")
 REFUSALS = Path(__file__).with_name("refusals.json")
 

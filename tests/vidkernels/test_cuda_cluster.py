@@ -77,7 +77,7 @@ def test_agrees_with_float64_in_every_order_of_threads(name: str) -> None:
         {"training": False},
         {"clip_length": 40, "batch_size": 2},
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Op) else str(value),
 )
 def test_awkward_cases(values: dict[str, Any]) -> None:
     case = _case(LSTM, {**CASES["lstm"][1], **values})
@@ -188,7 +188,7 @@ def test_autocast_casts_all_inputs() -> None:
         (RNN, {"hidden_size": 320}, "hidden_size=320 is no multiple of 128"),
         (LSTM, {"hidden_size": 1024}, "hidden_size=1024: W_hh does not fit a cluster of 8 blocks"),
     ],
-    ids=str,
+    ids=lambda value: value.name if isinstance(value, Op) else str(value),
 )
 def test_limits(op: Op, values: dict[str, Any], why: str | None) -> None:
     assert op["cuda_cluster"].why_not(_case(op, values), "cpu") == why
