@@ -71,8 +71,8 @@ _MANY_TILES = {"batch_size": 2, "in_channels": 20, "out_channels": 36, "clip_len
     ("op_name", "architecture"),
     [
         ("causal_conv1d", "sm_80"),
-        ("tcn_block", "sm_90"),
         pytest.param("causal_conv1d", "sm_90", marks=pytest.mark.slow),
+        pytest.param("tcn_block", "sm_90", marks=pytest.mark.slow),
         pytest.param("tcn_block", "sm_80", marks=pytest.mark.slow),
     ],
 )
@@ -87,7 +87,7 @@ def _configurations() -> Iterator[Any]:
             for config in chosen.candidates:
                 name = "-".join([op_name, dtype, chosen.kernel.rpartition("/")[2], *map(str, config.values())])
                 fast = (op_name, dtype) == ("tcn_block", "fp16") and chosen.kernel.endswith("forward")
-                fast = fast and config["num_warps"] == 8
+                fast = fast and config["num_warps"] == 8 and config["BLOCK_N"] == 128 == config["BLOCK_M"]
                 yield pytest.param(op_name, dtype, chosen, config, id=name, marks=() if fast else (pytest.mark.slow,))
 
 
@@ -226,10 +226,10 @@ def _dropped(x: Tensor, p: float, **more: Any) -> Tensor:
     return tcn_block(x, zeros, ones, zeros, ones, dilation=1, dropout_p=p, training=True, **more)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("p", [0.1, pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_dropout_keeps_its_rate_and_mean(p: float) -> None:
     torch.manual_seed(0)
-    y = _dropped(torch.zeros(2, 40, 300, device=DEVICE), p)
+    y = _dropped(torch.zeros(1, 40, 256, device=DEVICE), p)
     n = y.numel()
     assert (y == 0).float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
     torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))

@@ -196,7 +196,7 @@ def _weight_shapes(
     groups = (3, 1) if boxed and taps % 3 == 0 else (1,)
     if kind == "fp32":
         for group in groups:
-            side = 32 if group > 1 else 64
+            side = 32 if boxed else 64
             yield power_of_two(out_channels, 16, side), power_of_two(in_channels, 16, side), 32, group, 4, 2
         return
     depth = 32 if kind == "tf32" or gpu.capability < 90 else 64
@@ -205,7 +205,9 @@ def _weight_shapes(
         rows = power_of_two(out_channels, 16 if gpu.capability < 90 else 64, most)
         for group in groups:
             columns = power_of_two(in_channels, 16, 64 if group > 1 else most)
-            yield rows, columns, depth, group, 8 if rows * columns > 64 * 64 else 4, 3
+            # A step of a narrow tile is over before the next one is there: it takes twice the positions.
+            steps = 2 * depth if columns <= 32 and kind != "tf32" else depth
+            yield rows, columns, steps, group, 8 if rows * columns > 64 * 64 else 4, 3
 
 
 def _operand_bytes(gpu: Gpu) -> int:

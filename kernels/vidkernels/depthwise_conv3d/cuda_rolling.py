@@ -31,6 +31,8 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2}
 _SOURCE = "depthwise_conv3d/cuda_rolling.cu"
 _REGISTERS = 65_536
 _MOST_TAPS = 32
+_MOST_UNROLLED = 160
+"""Taps times open results: each phase of the ring is code of its own, and all should fit the instruction cache."""
 _MOST_REGISTERS = 200
 """Of a thread, as estimated; the compiler may take 255."""
 _OTHER_REGISTERS = {"FORWARD": 20, "INPUT_GRADIENT": 28, "WEIGHT_GRADIENT": 40}
@@ -132,8 +134,9 @@ class _Walk:
         taps = prod(self.kernel)
         if taps > _MOST_TAPS:
             return f"kernel_size={self.kernel} has {taps} taps, more than the {_MOST_TAPS} that registers hold"
-        if self.open > 8 or not self.strip_lengths():
-            return f"dilation={self.dilation} and stride={self.stride} keep more results open than registers hold"
+        if self.open * taps > _MOST_UNROLLED or not self.strip_lengths():
+            form = f"kernel_size={self.kernel}, dilation={self.dilation} and stride={self.stride}"
+            return f"{form} keep {self.open} results open, too many for one walk"
         if max(prod(self.source[1:]), prod(self.result[1:])) * self.channels >= 2**31:
             return "one frame has 2**31 elements or more"
         return None
