@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Before any kernel is defined: Triton's decorator reads it then.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from host_cuda import cuda_on_cpu  # noqa: F401  used by every test: CUDA C++ runs on the CPU
 
 
