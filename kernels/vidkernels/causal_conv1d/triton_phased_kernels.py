@@ -92,19 +92,14 @@ def accumulate(
         moved = tl.where(there, moved, 0)
         mask = there[:, None] & (inner < width)[None, :]
         narrow = within(inner, width)
-        # Through L1: within a phase the next tap's frames are these, but for the last.
-        left = tl.load(
-            a + ((moved * width)[:, None] + narrow[None, :]), mask=mask, other=0.0, cache_modifier=".ca"
-        )  # [BLOCK_M, BLOCK_K]
+        left = tl.load(a + ((moved * width)[:, None] + narrow[None, :]), mask=mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         if GATE:
             gate = tl.load(gates + ((moved * gate_width)[:, None] + narrow[None, :]), mask=mask, other=0)
             left = tl.where((gate & GATE) != 0, left, 0.0)
         deep = inner < depth
         w_rows = tap * w_tap + within(inner, depth) * w_in
         mask = deep[:, None] & wide[None, :]
-        right = tl.load(
-            w_rows[:, None] + w_cols[None, :], mask=mask, other=0.0, cache_modifier=".ca"
-        )  # [BLOCK_K, BLOCK_N]
+        right = tl.load(w_rows[:, None] + w_cols[None, :], mask=mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(left, right, acc, input_precision=PRECISION)
         start += BLOCK_K
         last = start >= depth
