@@ -93,6 +93,18 @@ def test_many_tiles(gpu: launch.Gpu, dtype: str) -> None:
         _agrees(dtype, in_channels=72, out_channels=150, clip_length=3, height=9, width=11, kernel_size=(2, 1, 1))
 
 
+def test_one_position_of_any_strides() -> None:
+    """torch calls a tensor contiguous whatever the strides of its axes of size 1; descriptors want multiples of 16 bytes."""
+    x = _random(2, 16).as_strided((2, 1, 1, 1, 16), (16, 1, 1, 1, 1))
+    assert x.is_contiguous()
+    weight, g = _random(24, 1, 1, 1, 16, seed=1), _random(2, 24).as_strided((2, 1, 1, 1, 24), (24, 1, 1, 1, 1))
+    operands = x, weight, g, ((1, 1, 1), (0, 0, 0), (1, 1, 1))
+    with launch.assume(launch.TARGETS["sm_90"]):
+        found = _three(*operands)
+    for got, want in zip(found, _exact(*operands), strict=True):
+        assert relative_error(got, want) < 1e-3
+
+
 @pytest.mark.parametrize("gpu", ARCHITECTURES)
 @pytest.mark.parametrize("which", EACH)
 def test_every_configuration(gpu: launch.Gpu, which: int) -> None:

@@ -103,7 +103,7 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch: pytest.MonkeyPatch) 
     assert needs(cpu) is None
     monkeypatch.setattr(registry, "_installed", lambda module: False)
     assert needs(torch.device("cuda")) == "needs triton (pip install triton)"
-    assert registry.REQUIREMENTS["cuda_core"](cpu) == "needs cuda-core (pip install vidbench[gpu])"
+    assert registry.REQUIREMENTS["cuda_core"](torch.device("cuda")) == "needs cuda-core (pip install vidbench[gpu])"
 
 
 @pytest.mark.parametrize(

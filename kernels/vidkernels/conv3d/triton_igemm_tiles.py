@@ -40,7 +40,9 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def tensor_map(tensor: Tensor, block: tuple[int, ...]) -> TensorMap:
     """A contiguous tensor in blocks."""
-    return TensorMap(tensor, tuple(tensor.shape), tensor.stride(), block)
+    # Not its own strides: torch lets those of axes of size 1 be anything, the copy engine does not.
+    strides = tuple(prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim()))
+    return TensorMap(tensor, tuple(tensor.shape), strides, block)
 
 
 def sides(box: Box) -> dict[str, int]:
