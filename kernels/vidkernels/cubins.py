@@ -68,7 +68,8 @@ def key(launch: Launch, gpu: Gpu) -> str:
         if name not in values and (kind != "i32" or name in aligned)
     )
     text = " ".join(f"{name}={value}" for name, value in values.items())
-    return f"{launch.kernel} ({types}) {text} num_warps={options.num_warps} num_stages={options.num_stages}"
+    limits = f"num_warps={options.num_warps} num_stages={options.num_stages} maxnreg={options.maxnreg}"
+    return f"{launch.kernel} ({types}) {text} {limits}"
 
 
 def source(launch: Launch) -> str:

@@ -64,7 +64,7 @@ class Launch:
     constants: Mapping[str, Any]
     """Compile-time constants: constexprs of Triton, macros of CUDA C++."""
     options: Mapping[str, Any]
-    """num_warps and num_stages, or block, cluster and shared_bytes."""
+    """num_warps, num_stages and maxnreg, or block, cluster and shared_bytes."""
 
 
 @dataclass
@@ -127,6 +127,10 @@ def note(launch: Launch) -> None:
         _state.launches.append(launch)
 
 
+_REGISTERS = 65536
+"""Of a multiprocessor."""
+
+
 def triton(kernel: str, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int, **constants: Any) -> None:
     """Launches a Triton kernel on the device of its tensors, and returns at once.
 
@@ -138,8 +142,11 @@ def triton(kernel: str, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     """
     first = next(arg for arg in args if isinstance(arg, Tensor | TensorMap))
     tensor = first.base if isinstance(first, TensorMap) else first
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if num_stages > 1:
+        # Left alone, the assembler spills a few to fit blocks that the operands in shared memory keep out anyway.
+        options["maxnreg"] = min(_REGISTERS // (32 * num_warps), 255)
     if pretended(tensor):
-        options = {"num_warps": num_warps, "num_stages": num_stages}
         note(Launch("triton", kernel, args, constants, options))
         return
     if 0 in grid:
@@ -148,9 +155,9 @@ def triton(kernel: str, grid: tuple[int, ...], *args: Any, num_warps: int, num_s
     values = [descriptor(arg) if isinstance(arg, TensorMap) else arg for arg in args]
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
-            function[grid](*values, num_warps=num_warps, num_stages=num_stages, **constants)
+            function[grid](*values, **options, **constants)
     else:
-        function[grid](*values, num_warps=num_warps, num_stages=num_stages, **constants)
+        function[grid](*values, **options, **constants)
 
 
 @cache

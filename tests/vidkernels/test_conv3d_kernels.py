@@ -94,7 +94,7 @@ def test_many_tiles(gpu: launch.Gpu, dtype: str) -> None:
 
 
 def test_one_position_of_any_strides() -> None:
-    """torch calls a tensor contiguous whatever the strides of its axes of size 1; descriptors want multiples of 16 bytes."""
+    """torch calls them contiguous, whatever the strides of axes of size 1; descriptors want multiples of 16 bytes."""
     x = _random(2, 16).as_strided((2, 1, 1, 1, 16), (16, 1, 1, 1, 1))
     assert x.is_contiguous()
     weight, g = _random(24, 1, 1, 1, 16, seed=1), _random(2, 24).as_strided((2, 1, 1, 1, 24), (24, 1, 1, 1, 1))

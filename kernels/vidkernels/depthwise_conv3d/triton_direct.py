@@ -63,7 +63,7 @@ def _gather(
     config = dict(_config(kind, source, c, (*kernel, *stride, *dilation), n, result_sizes))
     t, h, w = result_sizes
     grid = n * ceil(t * h * w / config["BLOCK_P"]), ceil(c / config["BLOCK_C"])
-    args = source.contiguous(), weight.contiguous(), bias, result, *sizes, *result_sizes, *padding
+    args = source.contiguous(), weight.flatten(1).t().contiguous(), bias, result, *sizes, *result_sizes, *padding
     constants = _constants(c, kernel, stride, dilation)
     constants |= {"TRANSPOSED": kind == "input_gradient", "ACTIVATION": activation}
     launch.triton(f"{_MODULE}:gather", grid, *args, **constants, **config)

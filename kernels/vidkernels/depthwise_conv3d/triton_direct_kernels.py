@@ -56,7 +56,10 @@ def gather(
     TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """result = activation(bias + Σ over taps of weight ⊙ source); TRANSPOSED: x's gradient from that of y."""
+    """result = activation(bias + Σ over taps of weight ⊙ source); TRANSPOSED: x's gradient from that of y.
+
+    The weight is (taps, C): as torch keeps it, a thread would load each of its channels by itself.
+    """
     positions = result_t * result_h * result_w
     blocks = tl.cdiv(positions, BLOCK_P)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
@@ -69,7 +72,6 @@ def gather(
     start_t = _start(p // (result_h * result_w), ST, pad_t, TRANSPOSED)
     start_h = _start(p // result_w % result_h, SH, pad_h, TRANSPOSED)
     start_w = _start(p % result_w, SW, pad_w, TRANSPOSED)
-    taps = weight + c * (KT * KH * KW)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     # Loops: taps that are all unrolled would all be loaded first, into more registers than there are.
     for kt in range(KT):
@@ -82,7 +84,7 @@ def gather(
                 w, in_row = _met(start_w, kw, SW, DW, source_w, TRANSPOSED)
                 exists = in_row & in_frame  # [BLOCK_P, 1]
                 x = tl.load(source + (tl.where(exists, row + w, 0) * C + c), exists, 0.0)  # [BLOCK_P, BLOCK_C]
-                tap = tl.load(taps + ((kt * KH + kh) * KW + kw))  # [1, BLOCK_C]
+                tap = tl.load(weight + (((kt * KH + kh) * KW + kw) * C + c))  # [1, BLOCK_C]
                 total += x.to(tl.float32) * tap.to(tl.float32)
     if bias is not None:
         total += tl.load(bias + c).to(tl.float32)
