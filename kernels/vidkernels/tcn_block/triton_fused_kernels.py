@@ -178,6 +178,7 @@ def forward(
             if seed is not None:
                 z = drop(z, seed, row, start, threshold, scale, 1)
             mask = owned[:, None] & (cols < outs)[None, :]
+            branch = (z > 0).to(tl.int8)
             if w_down is None:
                 total = z + tl.load(x + ((row * ins)[:, None] + cols[None, :]), mask=mask, other=0.0).to(tl.float32)
             else:
@@ -188,7 +189,7 @@ def forward(
                 )  # fmt: skip
             tl.store(y + ((row * outs)[:, None] + cols[None, :]), relu(total).to(y.dtype.element_ty), mask=mask)
             if gates is not None:
-                passed = tl.where(total > 0, PASSED, 0) + tl.where((total > 0) & (z > 0), BRANCH, 0)
+                passed = tl.where(total > 0, PASSED + BRANCH * branch, 0)
                 place = (row * padded_outs)[:, None] + cols[None, :]
                 tl.store(gates + place, passed.to(tl.uint8), mask=owned[:, None] & inside[None, :])
 
