@@ -278,10 +278,16 @@ def _list_models() -> list[dict[str, Any]]:
 
 
 def _list_tasks() -> list[dict[str, Any]]:
-    from vidbench.data.tasks import TASKS
+    from vidbench.data.tasks import TASKS, knobs
 
     return [
-        {"task": task.name, "classes": task.num_classes, "chance": task.chance, "meaning": task.meaning}
+        {
+            "task": task.name,
+            "classes": task.num_classes,
+            "chance": task.chance,
+            "knobs": ":".join(f"{knob}={default}" for knob, default in knobs(task.name).items()),
+            "meaning": task.meaning,
+        }
         for task in TASKS.values()
     ]
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidbench import models
-from vidbench.data.tasks import CONDITIONS, TASKS, Condition, Task
+from vidbench.data.tasks import CONDITIONS, Condition, Task, create
 from vidbench.records import Accuracy
-from vidbench.sweep import RequestError, unknown
+from vidbench.sweep import RequestError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Pairs of clips (N, 3, T, H, W) and labels (N,)."""
@@ -174,9 +174,7 @@ def train_and_test(
         FloatingPointError: The training diverged.
     """
     if isinstance(task, str):
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
-        task = TASKS[task]
+        task = create(task)
     recipe = recipe or _recipe(task.name, model_name)
     if steps is not None:
         recipe = replace(recipe, steps=steps)
@@ -190,7 +188,7 @@ def train_and_test(
             model_name,
             num_classes=task.num_classes,
             clip_length=task.clip_length,
-            input_size=task.height,
+            input_size=task.size,
             width_multiplier=recipe.width_multiplier,
         ).to(device)
         started = time.perf_counter()

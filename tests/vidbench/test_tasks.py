@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 
 import pytest
 import torch
+from torch import Tensor
 
-from vidbench.data.tasks import CONDITIONS, EVENT_LENGTH, TASKS, Condition
+from vidbench.data.scenes import CUES, EVENT_LENGTH
+from vidbench.data.tasks import CONDITIONS, TASKS, Condition, create, knobs
 from vidbench.sweep import RequestError
 
 TASK = TASKS["frame_order"]
@@ -20,7 +23,7 @@ def frames_of(clips: torch.Tensor) -> list[list[bytes]]:
 
 def test_shapes_and_range() -> None:
     clips, labels = TASK.make(range(12), seed=0)
-    assert clips.shape == (12, 3, TASK.clip_length, TASK.height, TASK.width) == (12, 3, 16, 32, 32)
+    assert clips.shape == (12, 3, TASK.clip_length, TASK.size, TASK.size) == (12, 3, 16, 32, 32)
     assert clips.dtype == torch.float32
     assert clips.is_contiguous()
     assert -2 <= clips.min() < clips.max() <= 2
@@ -138,3 +141,171 @@ def test_what_is_not_known_is_refused() -> None:
         TASK.make([0], seed=-1)
     with pytest.raises(RequestError, match=r"indices from -2: wanted at least 0"):
         TASK.make([4, -2], seed=0)
+
+
+def contents_of(text: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Whole contents of a task, classes side by side, and their labels."""
+    task = create(text)
+    return task.make(range(count * task.num_classes), seed=seed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["time_direction", "frame_order:delay=2", "random_dots", "long_memory", "token_memory", "subtle_motion"],
+)
+def test_only_order_tells_the_classes_apart(text: str) -> None:
+    task = create(text)
+    clips, labels = contents_of(text, 5)
+    assert labels.tolist() == 5 * list(range(task.num_classes))
+    time = 2 if clips.dim() == 5 else 1
+    for content in clips.split(task.num_classes):
+        frames = [sorted(frame.numpy().tobytes() for frame in clip.unbind(time - 1)) for clip in content]
+        assert all(clip == frames[0] for clip in frames)
+        assert len({clip.numpy().tobytes() for clip in content}) == task.num_classes
+
+
+@pytest.mark.parametrize("text", ["time_direction", "random_dots", "subtle_motion", "shape_direction"])
+def test_every_second_class_is_the_one_before_it_backwards(text: str) -> None:
+    clips, _ = contents_of(text, 4)
+    assert torch.equal(clips[1::2], clips[::2].flip(2))
+
+
+@pytest.mark.parametrize("text", ["appearance", "shape_direction"])
+def test_shapes_differ_in_every_frame(text: str) -> None:
+    clips, _ = contents_of(text, 3)
+    stride = 1 if text == "appearance" else 2  # backwards is another class of the same shape
+    for content in clips.split(create(text).num_classes):
+        for one, other in zip(content[::stride], content[stride::stride], strict=False):
+            assert (one != other).any(dim=(0, 2, 3)).all()
+
+
+@pytest.mark.parametrize("domain", ["a", "b"])
+def test_what_moves_forwards_moves_to_the_right(domain: str) -> None:
+    """By the phase of the lowest frequency along W, which a shift by one pixel turns by 2π/32."""
+    clips, labels = contents_of(f"time_direction:domain={domain}", 20)
+    columns = clips.double().mean(dim=(1, 3))
+    phase = torch.fft.rfft(columns, dim=-1)[..., 1]  # [N, T]
+    turned = torch.angle((phase[:, 1:] * phase[:, :-1].conj()).sum(dim=1)) * -32 / (2 * torch.pi)
+    right = torch.where(labels == 0, turned, -turned)
+    assert right.median() == pytest.approx(1.5, abs=0.3)
+    assert (right > 0).double().mean() > 0.9
+
+
+def _best_shift(clips: Tensor) -> Tensor:
+    """By how many pixels to the right frames resemble the next frames the most, by correlation, (N,)."""
+    grey = clips[:, 0].double()
+    grey -= grey.mean(dim=(2, 3), keepdim=True)
+    width, shifts = grey.shape[3], range(-4, 5)
+    agreement = [
+        (grey[:, :-1, :, max(0, -s) : width - max(0, s)] * grey[:, 1:, :, max(0, s) : width - max(0, -s)]).mean(
+            dim=(1, 2, 3)
+        )
+        for s in shifts
+    ]
+    return torch.stack(agreement).argmax(dim=0) - 4
+
+
+def test_dots_drift_as_far_as_they_are_coherent() -> None:
+    clips, labels = contents_of("random_dots:coherence=0.5", 30)
+    assert (_best_shift(clips) == torch.where(labels == 0, 2, -2)).double().mean() > 0.9
+    incoherent, labels = contents_of("random_dots:coherence=0", 30)
+    assert 0.3 < (_best_shift(incoherent) == torch.where(labels == 0, 2, -2)).double().mean() < 0.7
+
+
+def test_dots_have_no_axis_in_a_frame() -> None:
+    """A frame's spread along W is that along H: single frames do not show the axis."""
+    clips, _ = contents_of("random_dots:coherence=1", 200)
+    grey = (clips[::2, 0] > 0).double()
+    along_w = float((grey[..., :-3] * grey[..., 3:]).mean())
+    along_h = float((grey[..., :-3, :] * grey[..., 3:, :]).mean())
+    assert along_w == pytest.approx(along_h, rel=0.05)
+
+
+@pytest.mark.parametrize("amplitude", [0.5, 2.0, 6.0])
+def test_a_texture_moves_by_its_amplitude(amplitude: float) -> None:
+    """By least squares on the brightness constancy of the first and the last frame."""
+    clips, labels = contents_of(f"subtle_motion:amplitude={amplitude}", 40)
+    grey = clips[:, 0].double()
+    if amplitude > 1:  # too far for a linearisation: by correlation
+        grey -= grey.mean(dim=(2, 3), keepdim=True)
+        first, last = grey[::2, 0], grey[::2, -1]
+        score = [(first[..., 8:-8] * last[..., 8 + s : last.shape[2] - 8 + s]).mean() for s in range(-7, 8)]
+        assert torch.stack(score).argmax() - 7 == amplitude
+        return
+    slope = (grey[:, 0, :, 2:] + grey[:, -1, :, 2:] - grey[:, 0, :, :-2] - grey[:, -1, :, :-2]) / 4
+    change = (grey[:, -1] - grey[:, 0])[..., 1:-1]
+    moved = -(slope * change).sum(dim=(1, 2)) / (slope**2).sum(dim=(1, 2))
+    assert torch.where(labels == 0, moved, -moved).mean() == pytest.approx(amplitude, rel=0.25)
+
+
+def test_sharpness_does_not_tell_first_from_last() -> None:
+    """Between two pixels a frame is interpolated, and so less sharp: at either end of a clip alike."""
+    clips, _ = contents_of("subtle_motion:amplitude=0.5", 300)
+    grey = clips[::2, 0].double()
+    sharp = (grey[..., 1:] - grey[..., :-1]).abs().mean(dim=(2, 3))
+    assert (sharp[:, 0] > sharp[:, -1]).double().mean() == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("length", [8, 64])
+def test_the_class_of_a_memory_is_its_first_flash(length: int) -> None:
+    tokens, labels = contents_of(f"token_memory:clip_length={length}", 6)
+    assert tokens.shape == (24, length, 8)
+    assert torch.equal(tokens[:, 0].argmax(dim=1), labels)
+    clips, labels = contents_of(f"long_memory:clip_length={length}", 6)
+    levels = clips[:, :, 0].mean(dim=(2, 3))
+    high, middle, low = levels.sort(dim=1, descending=True).values.unbind(dim=1)
+    yellow = middle - low > high - middle  # red and green
+    assert torch.equal(torch.where(yellow, 3, levels.argmax(dim=1)), labels)
+
+
+@pytest.mark.parametrize("name", ["long_memory", "token_memory"])
+def test_nothing_after_the_cues_tells_the_class(name: str) -> None:
+    """What a model of a short receptive field sees at the end is the same for every class."""
+    clips, _ = contents_of(f"{name}:clip_length=24", 5)
+    clips = clips if name == "token_memory" else clips.transpose(1, 2)
+    for content in clips.split(CUES):
+        assert all(torch.equal(clip[CUES:], content[0, CUES:]) for clip in content)
+
+
+def test_flashes_lie_apart_by_the_delay() -> None:
+    clips, _ = contents_of("frame_order:clip_length=40:delay=9", 30)
+    levels = clips.mean(dim=(3, 4))
+    shown = (levels.max(dim=1).values - levels.min(dim=1).values) > 0.1  # [N, T]: something coloured
+    for clip in shown:
+        times = clip.nonzero().flatten().tolist()
+        gaps = [b - a for a, b in itertools.pairwise(times) if b - a > 1]
+        assert len(gaps) == 2
+        assert min(gaps) > 9
+
+
+def test_a_domain_is_another_look_of_the_same_task() -> None:
+    a, labels = contents_of("frame_order", 10)
+    b, same = contents_of("frame_order:domain=b", 10)
+    assert torch.equal(labels, same)
+    assert abs(float(a.mean() - b.mean())) > 0.5
+
+
+def test_one_task_has_one_name() -> None:
+    assert create("frame_order").name == "frame_order"
+    assert create("frame_order:domain=a:delay=0").name == "frame_order"
+    assert create("frame_order:delay=1:clip_length=32").name == create("frame_order:clip_length=32:delay=1").name
+    assert create(create("random_dots:coherence=0.25").name) is not None
+    assert knobs("random_dots") == {"clip_length": 16, "coherence": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("frame_oder", "unknown task 'frame_oder': did you mean 'frame_order'"),
+        ("frame_order:dely=3", "unknown knob of task frame_order 'dely': did you mean 'delay'"),
+        ("frame_order:delay", "task 'frame_order:delay': 'delay' is not knob=value"),
+        ("frame_order:delay=x", "task 'frame_order:delay=x': delay=x: wanted a whole number"),
+        ("frame_order:delay=5", "task 'frame_order:delay=5': clip_length=16: wanted 22 to 1024"),
+        ("frame_order:domain=c", "task 'frame_order:domain=c': domain=c: wanted one of a, b"),
+        ("random_dots:coherence=2", "task 'random_dots:coherence=2': coherence=2: wanted 0 to 1"),
+    ],
+)
+def test_a_task_that_is_not_there_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        create(text)
+    assert str(error.value).startswith(message)

@@ -6,16 +6,19 @@ generator, and its frames are whole numbers. Examples are never stored, so nothi
 
 from __future__ import annotations
 
-import itertools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vidbench.data import scenes
+from vidbench.data.scenes import Bytes, Domain, Integers, Scene
 from vidbench.sweep import RequestError, unknown
 
 Split = Literal["train", "test"]
@@ -24,9 +27,6 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 Condition = Literal["normal", "shuffled", "reversed", "frozen"]
 CONDITIONS: tuple[Condition, ...] = ("normal", "shuffled", "reversed", "frozen")
 """shuffled: the clip's frames in random order; reversed: backwards; frozen: one of them, at random, throughout."""
-
-Bytes = npt.NDArray[np.uint8]
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +41,22 @@ class Task:
     meaning: str
     num_classes: int
     clip_length: int
-    height: int
-    width: int
-    content: Callable[[Bytes], tuple[Bytes, Integers]]
-    """From random bytes (C, `entropy_bytes`) to the frames of C contents (C, F, 3, H, W) and the order in which each
-    class shows them (C, num_classes, T), indices into F."""
+    content: Callable[[Bytes], Scene]
+    """See `scenes`."""
     entropy_bytes: int
     """Random bytes that one content takes."""
+    frame: tuple[int, ...] = (3, scenes.SIZE, scenes.SIZE)
+    """Shape of a frame: (3, H, W), or of a feature vector: (F,)."""
 
     @property
     def chance(self) -> float:
         """Top-1 accuracy of guessing."""
         return 1 / self.num_classes
+
+    @property
+    def size(self) -> int | None:
+        """Pixels of a frame's side; None where there are no pictures."""
+        return self.frame[-1] if len(self.frame) == 3 else None
 
     def make(
         self, indices: Sequence[int], *, seed: int, split: Split = "train", condition: Condition = "normal"
@@ -66,7 +70,7 @@ class Task:
             condition: What is done to the frames' order; the labels stay.
 
         Returns:
-            Clips (N, 3, T, H, W), float32, in [-2, 2], and labels (N,), int64.
+            Clips (N, 3, T, H, W), or features (N, T, F), float32, in [-2, 2], and labels (N,), int64.
 
         Raises:
             RequestError: The split or the condition is not known, an index or the seed is negative.
@@ -88,7 +92,8 @@ class Task:
             order = np.take_along_axis(order, _altered(condition, keys.view("<u8")), axis=1)
         clips = torch.from_numpy(frames)[torch.from_numpy(place)[:, None], torch.from_numpy(order)]
         # [N, T, 3, H, W] whole levels → [N, 3, T, H, W]: mean 0.5 and deviation 0.25 of [0, 1] become 0 and 1.
-        clips = clips.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        clips = clips.transpose(1, 2) if len(self.frame) == 3 else clips
+        clips = clips.to(torch.float32, memory_format=torch.contiguous_format)
         return clips.div_(63.75).sub_(2), torch.from_numpy(labels)
 
     def batches(
@@ -130,55 +135,168 @@ def _altered(condition: Condition, keys: npt.NDArray[np.uint64]) -> Integers:
     return np.repeat((keys[:, :1] % clip_length).astype(np.int64), clip_length, axis=1)
 
 
-CLIP_LENGTH, SIZE = 16, 32
-EVENT_LENGTH = 4
-EVENTS = np.array([[224, 64, 64], [64, 224, 64], [64, 64, 224]])
-"""The three events: a disc flashes up in red, green or blue."""
-ORDERS = np.array(list(itertools.permutations(range(3))))
-"""By class, which event fills the first, second and third slot."""
+def _appearance(*, clip_length: int = 16, contrast: int = 192) -> Task:
+    _in_range(clip_length=(clip_length, 1, 1024), contrast=(contrast, 1, 256))
+    return Task(
+        name="appearance",
+        meaning="which of four shapes is shown: any single frame suffices",
+        num_classes=len(scenes.SHAPES),
+        clip_length=clip_length,
+        content=partial(scenes.appearance, clip_length=clip_length, contrast=contrast),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
 
 
-def _frame_order(entropy: Bytes) -> tuple[Bytes, Integers]:
-    """Three flashes on noise; a class is their order. Every class shows the same frames, noise included."""
-    contents = len(entropy)
-    head, noise = entropy[:, :16].astype(np.int64), entropy[:, 16:]
-    frames: Bytes = np.right_shift(noise.reshape(contents, CLIP_LENGTH, 3, SIZE, SIZE), 2)
-    frames += 96  # 96 … 159
-
-    # The slots begin at a random onset and with random gaps, so the time of a frame does not tell its slot.
-    slack = CLIP_LENGTH - 3 * EVENT_LENGTH
-    waits = np.sort(head[:, :3] * (slack + 1) >> 8, axis=1)
-    starts = waits + EVENT_LENGTH * np.arange(3)  # [C, 3]
-    slots = starts[:, :, None] + np.arange(EVENT_LENGTH)  # [C, 3, L]: the frames of each slot
-
-    # In the frames as made, event e is in slot e: a disc with a centre, a radius and a strength of its own.
-    centre = 8 + (head[:, 3:9].reshape(contents, 3, 2) * (SIZE - 16) >> 8)
-    radius = 7 + (head[:, 9:12] * 4 >> 8)
-    strength = 192 + (head[:, 12:15] >> 2)  # of 256
-    rows = (np.arange(SIZE) - centre[:, :, :1]) ** 2
-    columns = (np.arange(SIZE) - centre[:, :, 1:]) ** 2
-    disc = rows[:, :, :, None] + columns[:, :, None, :] <= (radius**2)[:, :, None, None]  # [C, 3, H, W]
-    which = np.arange(contents)[:, None, None]
-    shown = frames[which, slots].astype(np.int64)  # [C, 3, L, 3, H, W]
-    amount = (disc * strength[:, :, None, None])[:, :, None, None]
-    colour = EVENTS[None, :, None, :, None, None]
-    frames[which, slots] = (shown + ((colour - shown) * amount >> 8)).astype(np.uint8)
-
-    order: Integers = np.tile(np.arange(CLIP_LENGTH, dtype=np.int64), (contents, len(ORDERS), 1))
-    classes = np.arange(len(ORDERS))[None, :, None]
-    order[which, classes, slots.reshape(contents, 1, -1)] = slots[:, ORDERS].reshape(contents, len(ORDERS), -1)
-    return frames, order
+def _time_direction(*, clip_length: int = 16, domain: Domain = "a") -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024))
+    return Task(
+        name="time_direction",
+        meaning="whether a clip of a moving shape runs forwards or backwards",
+        num_classes=2,
+        clip_length=clip_length,
+        content=partial(scenes.time_direction, clip_length=clip_length, domain=domain),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
 
 
-FRAME_ORDER = Task(
-    name="frame_order",
-    meaning="the order of three coloured flashes; all six classes of a content show the very same frames",
-    num_classes=len(ORDERS),
-    clip_length=CLIP_LENGTH,
-    height=SIZE,
-    width=SIZE,
-    content=_frame_order,
-    entropy_bytes=16 + CLIP_LENGTH * 3 * SIZE * SIZE,
-)
+def _frame_order(*, clip_length: int = 16, delay: int = 0, domain: Domain = "a") -> Task:
+    _in_range(clip_length=(clip_length, 3 * scenes.EVENT_LENGTH + 2 * delay, 1024), delay=(delay, 0, 500))
+    return Task(
+        name="frame_order",
+        meaning="the order of three coloured flashes; all six classes of a content show the very same frames",
+        num_classes=len(scenes.ORDERS),
+        clip_length=clip_length,
+        content=partial(scenes.frame_order, clip_length=clip_length, delay=delay, domain=domain),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
 
-TASKS: dict[str, Task] = {task.name: task for task in (FRAME_ORDER,)}
+
+def _random_dots(*, clip_length: int = 16, coherence: float = 0.5) -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024), coherence=(coherence, 0, 1))
+    return Task(
+        name="random_dots",
+        meaning="which way a share of short-lived dots moves: local motion, which no frame and no path shows",
+        num_classes=2,
+        clip_length=clip_length,
+        content=partial(scenes.random_dots, clip_length=clip_length, coherence=coherence),
+        entropy_bytes=scenes.dot_bytes(clip_length),
+    )
+
+
+def _long_memory(*, clip_length: int = 32) -> Task:
+    _in_range(clip_length=(clip_length, 8, 4096))
+    return Task(
+        name="long_memory",
+        meaning="which of four flashes comes first, at the very beginning; distractors follow to the end",
+        num_classes=scenes.CUES,
+        clip_length=clip_length,
+        content=partial(scenes.long_memory, clip_length=clip_length),
+        entropy_bytes=scenes.memory_bytes(clip_length, 3 * scenes.SIZE**2),
+    )
+
+
+def _token_memory(*, clip_length: int = 32) -> Task:
+    _in_range(clip_length=(clip_length, 8, 4096))
+    return Task(
+        name="token_memory",
+        meaning="long_memory for models on features: eight to a frame, no pictures",
+        num_classes=scenes.CUES,
+        clip_length=clip_length,
+        content=partial(scenes.token_memory, clip_length=clip_length),
+        entropy_bytes=scenes.memory_bytes(clip_length, scenes.TOKEN),
+        frame=(scenes.TOKEN,),
+    )
+
+
+def _subtle_motion(*, clip_length: int = 16, amplitude: float = 1.0) -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024), amplitude=(amplitude, 0, scenes.REACH - 3))
+    return Task(
+        name="subtle_motion",
+        meaning="which way a texture under noise moves, by less than a pixel a frame",
+        num_classes=2,
+        clip_length=clip_length,
+        content=partial(scenes.subtle_motion, clip_length=clip_length, amplitude=amplitude),
+        entropy_bytes=scenes.texture_bytes(clip_length),
+    )
+
+
+def _shape_direction(*, clip_length: int = 16) -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024))
+    return Task(
+        name="shape_direction",
+        meaning="which of three shapes moves, and which way: appearance and motion are both needed",
+        num_classes=6,
+        clip_length=clip_length,
+        content=partial(scenes.shape_direction, clip_length=clip_length),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
+
+
+def _in_range(**knobs: tuple[float, float, float]) -> None:
+    for name, (value, least, most) in knobs.items():
+        if not least <= value <= most:
+            raise RequestError(f"{name}={value:g}: wanted {least:g} to {most:g}")
+
+
+_BUILDERS: dict[str, Callable[..., Task]] = {
+    "appearance": _appearance,
+    "time_direction": _time_direction,
+    "frame_order": _frame_order,
+    "random_dots": _random_dots,
+    "long_memory": _long_memory,
+    "token_memory": _token_memory,
+    "subtle_motion": _subtle_motion,
+    "shape_direction": _shape_direction,
+}
+
+TASKS: dict[str, Task] = {name: builder() for name, builder in _BUILDERS.items()}
+"""Every task as it is by default."""
+
+
+def knobs(name: str) -> dict[str, int | float | str]:
+    """What can be set of a task, and its defaults."""
+    return {knob.name: knob.default for knob in inspect.signature(_BUILDERS[name], eval_str=True).parameters.values()}
+
+
+def create(text: str) -> Task:
+    """A task by its name, with knobs set where wanted: `frame_order`, `frame_order:delay=8:clip_length=32`.
+
+    The task's name is this text with its knobs in order and those at their defaults left out, so that one task has
+    one name.
+
+    Raises:
+        RequestError: No such task or knob, or a value that it cannot have.
+    """
+    name, *settings = text.split(":")
+    if name not in _BUILDERS:
+        raise unknown("task", name, _BUILDERS)
+    known = inspect.signature(_BUILDERS[name], eval_str=True).parameters
+    values: dict[str, Any] = {}
+    for setting in settings:
+        knob, equals, value = setting.partition("=")
+        if not equals:
+            raise RequestError(f"task {text!r}: {setting!r} is not knob=value")
+        if knob not in known:
+            raise unknown(f"knob of task {name}", knob, known)
+        values[knob] = _value(f"task {text!r}: {knob}", known[knob].annotation, value)
+    try:
+        task = _BUILDERS[name](**values)
+    except RequestError as error:
+        raise RequestError(f"task {text!r}: {error}") from None
+    changed = [
+        f"{knob}={values[knob]}" for knob in known if values.get(knob, known[knob].default) != known[knob].default
+    ]
+    return replace(task, name=":".join([name, *changed]))
+
+
+def _value(what: str, kind: Any, text: str) -> int | float | str:
+    choices = get_args(kind)
+    if choices:
+        if text not in choices:
+            raise RequestError(f"{what}={text}: wanted one of {', '.join(choices)}")
+        return text
+    try:
+        number: int | float = kind(text)
+    except ValueError:
+        raise RequestError(f"{what}={text}: wanted {'a whole number' if kind is int else 'a number'}") from None
+    return number
