@@ -104,8 +104,8 @@ def _plain_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator
     if kind == "fp32":
         # Multiplied without matrix instructions: operands and sums all lie in registers.
         for most in (64, 32):
-            width = power_of_two(out_channels, 16, most)
-            yield min(4096 // width, 128), width, 0, 0, 4, 2
+            # Not 128 rows: their pointers and masks take registers too.
+            yield 64, power_of_two(out_channels, 16, most), 0, 0, 4, 2
         return
     for most in (128, 64):
         width = power_of_two(out_channels, 16, most)

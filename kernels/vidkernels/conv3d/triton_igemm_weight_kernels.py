@@ -107,15 +107,15 @@ def gather(
 
 @triton.jit(
     do_not_specialize=[
-        "samples", "out_t", "out_h", "out_w", "in_channels", "out_channels", "taps_t", "taps_h", "taps_w",
+        "samples", "out_t", "out_h", "out_w", "in_units", "out_channels", "taps_t", "taps_h", "taps_w",
         "padding_t", "padding_h", "padding_w", "dilation_t", "dilation_h", "dilation_w",
     ]
 )  # fmt: skip
 def boxes(
     x, g, gw,
-    samples, out_t, out_h, out_w, in_channels, out_channels, taps_t, taps_h, taps_w,
+    samples, out_t, out_h, out_w, in_units, out_channels, taps_t, taps_h, taps_w,
     padding_t, padding_h, padding_w, dilation_t, dilation_h, dilation_w,
-    BOX_N: tl.constexpr, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
+    IN_UNIT: tl.constexpr, BOX_N: tl.constexpr, BOX_T: tl.constexpr, BOX_H: tl.constexpr, BOX_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `gather` at stride 1, positions in boxes by the copy engine, for GROUP (1 or 3) taps that share those of g.
@@ -123,6 +123,7 @@ def boxes(
     Beyond the edges of g it fills in zeros, which add nothing.
     """
     BLOCK_K: tl.constexpr = BOX_N * BOX_T * BOX_H * BOX_W
+    in_channels = in_units * IN_UNIT
     taps = taps_t * taps_h * taps_w
     groups = tl.cdiv(taps, GROUP)
     tap = (tl.program_id(0) % groups) * GROUP

@@ -66,6 +66,7 @@ def weight_gradient(
         "num_warps": config["num_warps"],
         "num_stages": config["num_stages"],
     }
+    in_unit = gcd(in_channels, 16)
     if boxed:
         shape = box(config["BLOCK_K"], (samples, t, h, w))
         launch.triton(
@@ -78,17 +79,18 @@ def weight_gradient(
             t,
             h,
             w,
-            in_channels,
+            in_channels // in_unit,
             out_channels,
             *kernel_size,
             *padding,
             *dilation,
+            IN_UNIT=in_unit,
             GROUP=group,
             **sides(shape),
             **constants,
         )
     else:
-        in_unit, out_unit = gcd(in_channels, 16), gcd(out_channels, 16)
+        out_unit = gcd(out_channels, 16)
         launch.triton(
             f"{_KERNELS}:gather",
             grid,
