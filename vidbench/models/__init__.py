@@ -51,9 +51,12 @@ _TSN = "Wang et al. (2016), Temporal Segment Networks, arXiv:1608.00859"
 _TWO_STREAM = "Simonyan & Zisserman (2014), Two-Stream Convolutional Networks, arXiv:1406.2199"
 _LRCN = "Donahue et al. (2015), Long-term Recurrent Convolutional Networks, arXiv:1411.4389"
 _TCN = "Bai, Kolter & Koltun (2018), Generic Convolutional and Recurrent Networks, arXiv:1803.01271"
+_ED_TCN = "Lea et al. (2017), Temporal Convolutional Networks for Action Segmentation and Detection, arXiv:1611.05267"
 _C3D = "Tran et al. (2015), Learning Spatiotemporal Features with 3D Convolutional Networks, arXiv:1412.0767"
 _I3D = "Carreira & Zisserman (2017), Quo Vadis, Action Recognition?, arXiv:1705.07750"
 _R2PLUS1D = "Tran et al. (2018), A Closer Look at Spatiotemporal Convolutions, arXiv:1711.11248"
+_X3D = "Feichtenhofer (2020), X3D, arXiv:2004.04730"
+_MOBILE = "Köpüklü et al. (2019), Resource Efficient 3D Convolutional Neural Networks, arXiv:1904.02422"
 
 _FRAME_POOL = "vidbench.models.frame_pool"
 _RECURRENT = "vidbench.models.cnn_recurrent"
@@ -67,6 +70,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec("single_frame", f"{_FUSION}:SingleFrame", "frame_level", _KARPATHY, 1, 170, temporal=False),
         ModelSpec("frame_pool_avg", f"{_FRAME_POOL}:frame_pool_avg", "frame_level", _TSN, 16, 224, temporal=False),
         ModelSpec("frame_pool_max", f"{_FRAME_POOL}:frame_pool_max", "frame_level", _SNIPPETS, 16, 224, temporal=False),
+        ModelSpec("frame_pool_svm", f"{_FRAME_POOL}:frame_pool_svm", "frame_level", _C3D, 16, 224, temporal=False),
         ModelSpec("early_fusion", f"{_FUSION}:EarlyFusion", "fusion", _KARPATHY, 10, 170),
         ModelSpec("late_fusion", f"{_FUSION}:LateFusion", "fusion", _KARPATHY, 16, 170),
         ModelSpec("slow_fusion", f"{_FUSION}:SlowFusion", "fusion", _KARPATHY, 10, 170),
@@ -75,12 +79,20 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec("cnn_lstm", f"{_RECURRENT}:CnnLstm", "recurrent", _LRCN, 16, 224, streams=True),
         ModelSpec("cnn_tcn", f"{_AT}.tcn:CnnTcn", "tcn", _TCN, 16, 224, streams=True),
         ModelSpec("tcn", f"{_AT}.tcn:Tcn", "tcn", _TCN, 64, 224, ("features",), streams=True),
+        ModelSpec("ed_tcn", f"{_AT}.ed_tcn:EdTcn", "tcn", _ED_TCN, 64, 224, ("features",)),
         ModelSpec("c3d", f"{_AT}.c3d:C3D", "3d", _C3D, 16, 112),
         ModelSpec("i3d_rgb", f"{_AT}.i3d:i3d_rgb", "3d", _I3D, 64, 224),
         ModelSpec("i3d_flow", f"{_AT}.i3d:i3d_flow", "3d", _I3D, 65, 224, ("flow",)),
+        ModelSpec("i3d_two_stream", f"{_AT}.i3d:I3DTwoStream", "3d", _I3D, 65, 224, ("rgb", "flow")),
         ModelSpec("r3d_18", f"{_VIDEO_RESNET}:r3d_18", "3d", _R2PLUS1D, 16, 112),
+        ModelSpec("r3d_34", f"{_VIDEO_RESNET}:r3d_34", "3d", _R2PLUS1D, 16, 112),
         ModelSpec("mc3_18", f"{_VIDEO_RESNET}:mc3_18", "3d", _R2PLUS1D, 16, 112),
         ModelSpec("r2plus1d_18", f"{_VIDEO_RESNET}:r2plus1d_18", "(2+1)d", _R2PLUS1D, 16, 112),
+        ModelSpec("r2plus1d_34", f"{_VIDEO_RESNET}:r2plus1d_34", "(2+1)d", _R2PLUS1D, 32, 112),
+        ModelSpec("x3d_s", f"{_AT}.x3d:x3d_s", "depthwise_3d", _X3D, 13, 160),
+        ModelSpec("x3d_m", f"{_AT}.x3d:x3d_m", "depthwise_3d", _X3D, 16, 224),
+        ModelSpec("mobilenet_v2_3d", f"{_AT}.mobile:MobileNetV2", "depthwise_3d", _MOBILE, 16, 112),
+        ModelSpec("shufflenet_v2_3d", f"{_AT}.mobile:ShuffleNetV2", "depthwise_3d", _MOBILE, 16, 112),
     )
 }
 """Every model by name."""
@@ -136,7 +148,7 @@ def load_factory(path: str) -> Callable[..., Any]:
     return factory
 
 
-def _accepted(factory: Callable[..., Any]) -> Callable[[str], bool]:
+def accepted_by(factory: Callable[..., Any]) -> Callable[[str], bool]:
     """Tells which keywords a factory takes."""
     try:
         parameters = inspect.signature(factory).parameters.values()
@@ -169,8 +181,8 @@ def create(
     input_size: int | tuple[int, int] | None = None,
     width_multiplier: float = 1.0,
     weights: str | PathLike[str] | None = None,
-    hidden_size: int | None = None,
-    input_features: int | None = None,
+    replace_head: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A model with fresh or given weights; in eval mode it returns logits (N, num_classes).
 
@@ -181,9 +193,11 @@ def create(
         clip_length: Frames; the published clip's where not given. Layers that depend on it are sized by it.
         input_size: Pixels of a frame, or (H, W); the published one where not given.
         width_multiplier: Factor on the channel counts.
-        weights: A file that `load_weights` reads.
-        hidden_size: Width of a recurrent state or of a TCN, instead of 256 times the multiplier.
-        input_features: Features per frame, of a model that takes features.
+        weights: A file that `load_weights` reads: the model's own, or a published one as it is.
+        replace_head: Leave the classifier as it was initialised, for a file with other classes.
+        options: What the model takes besides, and is not None: `backbone` (resnet18, resnet50 or
+            package.module:factory), `hidden_size`, `input_features`, `mid_channels` and others; the model's own page
+            tells.
 
     Raises:
         RequestError: The name is unknown, the arguments or the weights do not fit the model, or a user's factory
@@ -191,7 +205,7 @@ def create(
     """
     spec = spec_of(name)
     factory = load_factory(spec.factory)
-    accepts = _accepted(factory)
+    accepts = accepted_by(factory)
     own = name in MODELS
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
@@ -200,7 +214,7 @@ def create(
         "width_multiplier": width_multiplier,
     }
     chosen = {key: value for key, value in arguments.items() if value is not None and accepts(key)}
-    for key, value in (("hidden_size", hidden_size), ("input_features", input_features)):
+    for key, value in options.items():
         if value is not None:
             if not accepts(key):
                 raise RequestError(f"model {name!r} has no {key}, given {value}")
@@ -220,7 +234,7 @@ def create(
     if weights is not None:
         from vidbench.models.weights import load_weights
 
-        load_weights(model, weights)
+        load_weights(model, weights, replace_head=replace_head)
     return model
 
 

@@ -171,11 +171,16 @@ class I3D(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.logits = _Logits(channels, num_classes)
 
-    def forward(self, clip: Tensor) -> Tensor:
-        """(N, in_channels, T, H, W) → logits (N, num_classes), the mean over time, for any T, H and W."""
+    def features(self, clip: Tensor) -> Tensor:
+        """(N, in_channels, T, H, W) → the last inception module's (N, 1024, ⌈T / 8⌉, ⌈H / 32⌉, ⌈W / 32⌉)."""
         x = clip
         for name in self.order:
             x = self.get_submodule(name)(x)
+        return x
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(N, in_channels, T, H, W) → logits (N, num_classes), the mean over time, for any T, H and W."""
+        x = self.features(clip)
         t, h, w = x.shape[2:]
         x = F.avg_pool3d(x, (min(2, t), min(7, h), min(7, w)), 1)
         return torch.mean(self.logits(self.dropout(x)), dim=(2, 3, 4))
@@ -189,3 +194,29 @@ def i3d_rgb(*, num_classes: int = 400, width_multiplier: float = 1.0) -> I3D:
 def i3d_flow(*, num_classes: int = 400, width_multiplier: float = 1.0) -> I3D:
     """I3D on optical flow (N, 2, T-1, H, W): arXiv:1705.07750, §2.4."""
     return I3D(2, num_classes=num_classes, width_multiplier=width_multiplier)
+
+
+class I3DTwoStream(nn.Module):
+    """I3D on RGB and I3D on optical flow, trained apart, their logits averaged: arXiv:1705.07750, §2.4.
+
+    Args:
+        num_classes: Classes told apart.
+        width_multiplier: Factor on every channel count.
+
+    Published files hold one stream: `load_weights(model.rgb, …)` and `load_weights(model.flow, …)`.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ("rgb.logits", "flow.logits")
+
+    def __init__(self, *, num_classes: int = 400, width_multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.rgb = i3d_rgb(num_classes=num_classes, width_multiplier=width_multiplier)
+        self.flow = i3d_flow(num_classes=num_classes, width_multiplier=width_multiplier)
+
+    def forward(self, rgb: Tensor, flow: Tensor) -> Tensor:
+        """rgb (N, 3, T, H, W) and flow (N, 2, T-1, H, W) → logits (N, num_classes).
+
+        The last frame, at which no flow begins, is left out, so that both streams see the same moments.
+        """
+        logits: Tensor = (self.rgb(rgb[:, :, : flow.shape[2]]) + self.flow(flow)) / 2
+        return logits

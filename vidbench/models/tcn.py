@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from vidbench.models.resnet2d import ResNet18
+from vidbench.models.backbones import encode_frames, make_backbone
 from vidbench.models.sizes import FrameSize, scaled
 from vidkernels.shapes import tcn_receptive_field
 
@@ -135,6 +135,8 @@ class TemporalConvNet(nn.Module):
 
 def levels_covering(clip_length: int, kernel_size: int) -> int:
     """The fewest blocks whose receptive field covers a clip: arXiv:1803.01271, §3.3."""
+    if kernel_size < 2 and clip_length > 1:
+        raise ValueError(f"kernel_size={kernel_size} sees no frame but the present one: at least 2")
     levels = 1
     while tcn_receptive_field(kernel_size, (2**i for i in range(levels))) < clip_length:
         levels += 1
@@ -151,6 +153,7 @@ class Tcn(nn.Module):
         hidden_size: Channels of every block; 256 times the multiplier where not given.
         input_features: Features per frame.
         kernel_size: Taps.
+        levels: Blocks; the fewest whose receptive field covers the clip where not given.
         dropout: Probability that a feature is dropped in training.
 
     Source: arXiv:1803.01271, §3.
@@ -167,13 +170,19 @@ class Tcn(nn.Module):
         hidden_size: int | None = None,
         input_features: int = 256,
         kernel_size: int = 3,
+        levels: int | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         hidden = scaled(256, width_multiplier) if hidden_size is None else hidden_size
-        levels = levels_covering(clip_length, kernel_size)
+        levels = levels_covering(clip_length, kernel_size) if levels is None else levels
         self.tcn = TemporalConvNet(input_features, [hidden] * levels, kernel_size, dropout)
         self.fc = nn.Linear(hidden, num_classes)
+
+    def frame_logits(self, features: Tensor) -> Tensor:
+        """(N, T, input_features) → logits of every frame (N, T, num_classes), from it and the frames before it."""
+        logits: Tensor = self.fc(self.tcn(features.transpose(1, 2)).transpose(1, 2))
+        return logits
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, T, input_features) → logits (N, num_classes) from the last time step."""
@@ -187,7 +196,7 @@ class Tcn(nn.Module):
 
 
 class CnnTcn(nn.Module):
-    """ResNet-18 per frame and a TCN over the frames, the last time step classified.
+    """A 2D CNN per frame and a TCN over the frames, the last time step classified.
 
     Args:
         num_classes: Classes told apart.
@@ -196,6 +205,7 @@ class CnnTcn(nn.Module):
         width_multiplier: Factor on every channel count.
         hidden_size: Channels of every block; 256 times the multiplier where not given.
         dropout: Probability that a feature is dropped in training.
+        backbone: resnet18, resnet50, or `package.module:factory`.
 
     Source: arXiv:1803.01271, §3, over the frame encoder of He et al. (2016), arXiv:1512.03385.
     """
@@ -211,21 +221,22 @@ class CnnTcn(nn.Module):
         width_multiplier: float = 1.0,
         hidden_size: int | None = None,
         dropout: float = 0.0,
+        backbone: str = "resnet18",
     ) -> None:
         super().__init__()
-        self.backbone = ResNet18(input_size=input_size, width_multiplier=width_multiplier)
+        self.backbone, features = make_backbone(backbone, input_size=input_size, width_multiplier=width_multiplier)
         self.temporal = Tcn(
             num_classes=num_classes,
             clip_length=clip_length,
             width_multiplier=width_multiplier,
             hidden_size=hidden_size,
-            input_features=self.backbone.features,
+            input_features=features,
             dropout=dropout,
         )
 
     def forward(self, rgb: Tensor) -> Tensor:
         """(N, 3, T, H, W) → logits (N, num_classes) from the last time step."""
-        logits: Tensor = self.temporal(self.backbone.per_frame(rgb))
+        logits: Tensor = self.temporal(encode_frames(self.backbone, rgb))
         return logits
 
     def step(self, frame: Tensor, state: TcnState | None = None) -> tuple[Tensor, TcnState]:

@@ -7,15 +7,20 @@ stream is CNN-M-2048 of Chatfield et al. (2014), arXiv:1405.3531.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidbench.models.inflation import cross_modality
+from vidbench.models.linear_svm import fit_svm
 from vidbench.models.sizes import FrameSize, height_width, scaled
 
 FLOW_FIELDS = 10
 """L, the flow fields that are stacked: arXiv:1406.2199, §3.1."""
+
+Fusion = Literal["average", "svm"]
 
 
 class CnnM2048(nn.Module):
@@ -88,6 +93,14 @@ class CnnM2048(nn.Module):
         return logits
 
 
+def stacked_scores(*logits: Tensor) -> Tensor:
+    """What a fusing SVM sees: each stream's softmax scores, L2-normalised, side by side: (N, streams · K).
+
+    Source: arXiv:1406.2199, §5.
+    """
+    return torch.cat([F.normalize(stream.softmax(dim=1), dim=1) for stream in logits], dim=1)
+
+
 class TwoStream(nn.Module):
     """A spatial stream on the middle frame, a temporal one on L = min(10, T-1) flow fields around it.
 
@@ -96,14 +109,13 @@ class TwoStream(nn.Module):
         clip_length: T, at least 2; the temporal stream's first convolution is sized by it.
         input_size: Pixels of a frame, or (H, W).
         width_multiplier: Factor on every channel count.
+        fusion: How the streams are fused (§5): `average` of the softmax scores, or a linear `svm` on them.
 
-    The streams are averaged after the softmax (§5). What is returned is the logarithm of that average: its softmax is
-    the average itself, and cross-entropy on it trains both streams at once (the paper trains them apart).
+    What the average returns is its logarithm: its softmax is the average itself, and cross-entropy on it trains both
+    streams at once (the paper trains them apart). The SVM returns its margins; `fit_svm` fits it on trained streams.
 
     Source: arXiv:1406.2199, §2-3 and 5.
     """
-
-    heads: ClassVar[tuple[str, ...]] = ("spatial.full8", "temporal.full8")
 
     def __init__(
         self,
@@ -112,10 +124,13 @@ class TwoStream(nn.Module):
         clip_length: int = 11,
         input_size: FrameSize = 224,
         width_multiplier: float = 1.0,
+        fusion: Fusion = "average",
     ) -> None:
         super().__init__()
         if clip_length < 2:
             raise ValueError(f"clip_length={clip_length} has no optical flow: at least 2")
+        if fusion not in get_args(Fusion):
+            raise ValueError(f"fusion={fusion!r} is neither average nor svm")
         self.frame = height_width(input_size)
         self.flow_fields = min(FLOW_FIELDS, clip_length - 1)
         """L."""
@@ -128,9 +143,15 @@ class TwoStream(nn.Module):
             second_norm=False,
             dropout=0.9,
         )
+        self.svm = nn.Linear(2 * num_classes, num_classes) if fusion == "svm" else None
 
-    def forward(self, rgb: Tensor, flow: Tensor) -> Tensor:
-        """rgb (N, 3, T, H, W) and flow (N, 2, T-1, H, W) → logits (N, num_classes).
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The classifiers."""
+        return ("spatial.full8", "temporal.full8", *(("svm",) if self.svm is not None else ()))
+
+    def streams(self, rgb: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        """rgb (N, 3, T, H, W) and flow (N, 2, T-1, H, W) → logits of the spatial and of the temporal stream.
 
         Raises:
             ValueError: Frames of another size, or fewer flow fields, than the model was built for.
@@ -143,6 +164,38 @@ class TwoStream(nn.Module):
         fields = flow[:, :, start : start + self.flow_fields]
         # Equation 1: channels are x of the first field, y of the first field, x of the second, …
         stacked = fields.transpose(1, 2).flatten(1, 2)
-        spatial = self.spatial(rgb[:, :, rgb.shape[2] // 2]).log_softmax(dim=1)
-        temporal = self.temporal(stacked).log_softmax(dim=1)
-        return torch.logaddexp(spatial, temporal) - math.log(2)
+        return self.spatial(rgb[:, :, rgb.shape[2] // 2]), self.temporal(stacked)
+
+    def forward(self, rgb: Tensor, flow: Tensor) -> Tensor:
+        """rgb (N, 3, T, H, W) and flow (N, 2, T-1, H, W) → logits (N, num_classes).
+
+        Raises:
+            ValueError: As `streams`.
+        """
+        spatial, temporal = self.streams(rgb, flow)
+        if self.svm is not None:
+            margins: Tensor = self.svm(stacked_scores(spatial, temporal))
+            return margins
+        return torch.logaddexp(spatial.log_softmax(dim=1), temporal.log_softmax(dim=1)) - math.log(2)
+
+    def fit_svm(self, scores: Tensor, labels: Tensor, *, c: float = 1.0) -> None:
+        """Fuses the streams by a linear SVM, on the `stacked_scores` (M, 2 · num_classes) of clips with labels (M,).
+
+        Raises:
+            RequestError: As `linear_svm.fit_svm`.
+        """
+        full8 = self.spatial.full8
+        svm = nn.Linear(2 * full8.out_features, full8.out_features, device=full8.weight.device)
+        fit_svm(svm, scores, labels, c=c)
+        self.svm = svm
+
+    def start_temporal_from_spatial(self) -> None:
+        """Starts the temporal stream from the spatial one's weights; its first filters are those of `cross_modality`.
+
+        The classifier stays as it was initialised.
+
+        Source: Wang et al. (2016), arXiv:1608.00859, §3.2.
+        """
+        started = {name: tensor for name, tensor in self.spatial.state_dict().items() if not name.startswith("full8.")}
+        started["conv1.weight"] = cross_modality(started["conv1.weight"], 2 * self.flow_fields)
+        self.temporal.load_state_dict(started, strict=False)

@@ -1,22 +1,25 @@
-"""R3D, MC3 and R(2+1)D: one residual network of 18 layers, three kinds of convolution.
+"""R3D, MC3 and R(2+1)D: one residual network of 18 or 34 layers, three kinds of convolution.
 
 Source: Tran et al. (2018), "A Closer Look at Spatiotemporal Convolutions for Action Recognition", arXiv:1711.11248.
-Module names, and the single middle width of a block (the paper has one per convolution), are torchvision's, so that its
-published weights fit.
+Module names are torchvision's, so that its published weights fit.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vidbench.models.sizes import scaled
-from vidkernels.shapes import mid_channels
+from vidkernels import shapes
 
 Kind = Literal["3d", "2d", "2plus1d"]
 """3×3×3; 1×3×3; 1×3×3 and 3×1×1 with batch norm and ReLU between."""
+
+MidChannels = Literal["per_convolution", "per_block"]
+"""Where the middle width M of a (2+1)D pair comes from: from the widths of the pair itself, as in the paper and its
+authors' code, or from those of the block's first pair for both, as in torchvision. They differ where a block widens."""
 
 
 def _conv(kind: Kind, in_channels: int, channels: int, middle: int, stride: int) -> nn.Module:
@@ -35,13 +38,16 @@ def _conv(kind: Kind, in_channels: int, channels: int, middle: int, stride: int)
 class BasicBlock(nn.Module):
     """Two convolutions of a kind beside a shortcut: arXiv:1711.11248, §3."""
 
-    def __init__(self, kind: Kind, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(
+        self, kind: Kind, in_channels: int, channels: int, stride: int, middle: MidChannels = "per_block"
+    ) -> None:
         super().__init__()
-        middle = mid_channels(in_channels, channels, (3, 3, 3))
+        first = shapes.mid_channels(in_channels, channels, (3, 3, 3))
+        second = first if middle == "per_block" else shapes.mid_channels(channels, channels, (3, 3, 3))
         self.conv1 = nn.Sequential(
-            _conv(kind, in_channels, channels, middle, stride), nn.BatchNorm3d(channels), nn.ReLU(inplace=True)
+            _conv(kind, in_channels, channels, first, stride), nn.BatchNorm3d(channels), nn.ReLU(inplace=True)
         )
-        self.conv2 = nn.Sequential(_conv(kind, channels, channels, middle, 1), nn.BatchNorm3d(channels))
+        self.conv2 = nn.Sequential(_conv(kind, channels, channels, second, 1), nn.BatchNorm3d(channels))
         self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or in_channels != channels:
@@ -63,7 +69,8 @@ class VideoResNet(nn.Module):
     Args:
         kinds: Of the convolutions in each stage.
         factored_stem: Whether the stem is a 1×7×7 convolution to 45 channels and a 3×1×1 one.
-        blocks: Blocks in each stage.
+        blocks: Blocks in each stage: (2, 2, 2, 2) of 18 layers, (3, 4, 6, 3) of 34.
+        mid_channels: Where the middle width of a (2+1)D pair comes from.
         num_classes: Classes told apart.
         width_multiplier: Factor on every channel count.
     """
@@ -76,10 +83,13 @@ class VideoResNet(nn.Module):
         *,
         factored_stem: bool = False,
         blocks: tuple[int, int, int, int] = (2, 2, 2, 2),
+        mid_channels: MidChannels = "per_block",
         num_classes: int = 400,
         width_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
+        if mid_channels not in get_args(MidChannels):
+            raise ValueError(f"mid_channels={mid_channels!r} is neither per_convolution nor per_block")
         widths = tuple(scaled(c, width_multiplier) for c in (64, 128, 256, 512))
         if factored_stem:
             middle = scaled(45, width_multiplier)
@@ -99,8 +109,8 @@ class VideoResNet(nn.Module):
             )
         channels, stages = widths[0], []
         for i, (kind, width, depth) in enumerate(zip(kinds, widths, blocks, strict=True)):
-            stage = [BasicBlock(kind, channels, width, 1 if i == 0 else 2)]
-            stage += [BasicBlock(kind, width, width, 1) for _ in range(depth - 1)]
+            stage = [BasicBlock(kind, channels, width, 1 if i == 0 else 2, mid_channels)]
+            stage += [BasicBlock(kind, width, width, 1, mid_channels) for _ in range(depth - 1)]
             stages.append(nn.Sequential(*stage))
             channels = width
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -119,9 +129,18 @@ class VideoResNet(nn.Module):
         return logits
 
 
+_34 = (3, 4, 6, 3)
+"""Blocks in each stage of 34 layers: arXiv:1711.11248, table 1."""
+
+
 def r3d_18(*, num_classes: int = 400, width_multiplier: float = 1.0) -> VideoResNet:
     """R3D-18, 3D convolutions throughout: arXiv:1711.11248, §3.2."""
     return VideoResNet(("3d",) * 4, num_classes=num_classes, width_multiplier=width_multiplier)
+
+
+def r3d_34(*, num_classes: int = 400, width_multiplier: float = 1.0) -> VideoResNet:
+    """R3D-34: arXiv:1711.11248, §3.2 and table 1."""
+    return VideoResNet(("3d",) * 4, blocks=_34, num_classes=num_classes, width_multiplier=width_multiplier)
 
 
 def mc3_18(*, num_classes: int = 400, width_multiplier: float = 1.0) -> VideoResNet:
@@ -129,6 +148,31 @@ def mc3_18(*, num_classes: int = 400, width_multiplier: float = 1.0) -> VideoRes
     return VideoResNet(("3d", "2d", "2d", "2d"), num_classes=num_classes, width_multiplier=width_multiplier)
 
 
-def r2plus1d_18(*, num_classes: int = 400, width_multiplier: float = 1.0) -> VideoResNet:
-    """R(2+1)D-18, every 3D convolution factored: arXiv:1711.11248, §3.5."""
-    return VideoResNet(("2plus1d",) * 4, factored_stem=True, num_classes=num_classes, width_multiplier=width_multiplier)
+def r2plus1d_18(
+    *, num_classes: int = 400, width_multiplier: float = 1.0, mid_channels: MidChannels = "per_block"
+) -> VideoResNet:
+    """R(2+1)D-18, every 3D convolution factored: arXiv:1711.11248, §3.5.
+
+    The middle widths are torchvision's, whose weights they fit; `mid_channels="per_convolution"` gives the paper's.
+    """
+    return VideoResNet(
+        ("2plus1d",) * 4,
+        factored_stem=True,
+        mid_channels=mid_channels,
+        num_classes=num_classes,
+        width_multiplier=width_multiplier,
+    )
+
+
+def r2plus1d_34(
+    *, num_classes: int = 400, width_multiplier: float = 1.0, mid_channels: MidChannels = "per_convolution"
+) -> VideoResNet:
+    """R(2+1)D-34: arXiv:1711.11248, §3.5 and table 1, with the paper's middle widths."""
+    return VideoResNet(
+        ("2plus1d",) * 4,
+        factored_stem=True,
+        blocks=_34,
+        mid_channels=mid_channels,
+        num_classes=num_classes,
+        width_multiplier=width_multiplier,
+    )
