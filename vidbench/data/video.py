@@ -1,19 +1,21 @@
 """Video files as clips of RGB frames, decoded by FFmpeg through PyAV (the extra `video`).
 
-Frames are numbered in the order in which they are shown. A file is always decoded from its first frame on, never
-entered in the middle: the usual action clips have one keyframe each, so a seek would decode the same frames again.
+Frames are numbered in the order in which they are shown. A file is decoded from its first frame on, as the usual action
+clips have one keyframe each; it is entered at later keyframes only where that spares the decoder much (`SEEK_SAVES`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,11 @@ KINETICS_STD = (0.22803, 0.22145, 0.216989)
 
 TEXT_CODECS = frozenset({"ansi", "bintext", "idf", "xbin"})
 """FFmpeg draws text files as pictures with these, whatever the text."""
+
+
+SEEK_SAVES = 32
+"""Frames that entering a file at its keyframes must spare the decoder, and half of all as well: to read the table of
+packets and to open the file again takes about as long as to decode so many."""
 
 
 class VideoWarning(UserWarning):
@@ -171,12 +178,15 @@ def probe(path: str | Path) -> VideoInfo:
     return replace(info, keyframes=keyframes, warning=warning)
 
 
-def decode(path: str | Path, choose: Callable[[int], Sequence[int]], *, threads: int = 0) -> tuple[Tensor, VideoInfo]:
+def decode(
+    path: str | Path, choose: Callable[[int], Sequence[int]], *, short_side: int | None = None, threads: int = 0
+) -> tuple[Tensor, VideoInfo]:
     """The chosen frames of a video, in RGB, upright, in the order chosen.
 
     Args:
         choose: From the number of frames in the video to the indices wanted, each from 0 to below that number;
             repeats are allowed. It is asked again with the true number if the file holds fewer than it declares.
+        short_side: Larger pictures are shrunk until their shorter side has so many pixels; smaller ones stay.
         threads: Threads of the decoder; 0 lets FFmpeg choose.
 
     Returns:
@@ -186,6 +196,7 @@ def decode(path: str | Path, choose: Callable[[int], Sequence[int]], *, threads:
         RequestError: As `probe`; or an index is outside the video.
     """
     count: int | None = None
+    enter = True
     while True:
         with _opened(path, threads) as (container, stream):
             declared = stream.frames or None
@@ -197,49 +208,151 @@ def decode(path: str | Path, choose: Callable[[int], Sequence[int]], *, threads:
                 if count == 0:
                     raise _nothing_decodes(path, damaged)
                 continue
-            indices = choose(count)
-            if not indices or min(indices) < 0 or max(indices) >= count:
-                raise RequestError(f"{path} has {count} frames; wanted {_span(indices)}")
-            frames, info, seen = _collect(path, stream, _frames(container, stream, damaged), indices)
-        if info is None:
+            canvas = _Canvas(path, stream, chosen(path, choose, count), short_side)
+            if enter and count == declared and _seeking_pays(stream, canvas):
+                enter = False
+                if not _collect_by_seeking(container, stream, canvas):
+                    continue
+                seen = count
+            else:
+                seen = _collect(_frames(container, stream, damaged), canvas)
+        if canvas.info is None:
             raise _nothing_decodes(path, damaged)
         warning = f"{path} is damaged: {len(damaged)} packets did not decode: {damaged[0]}" if damaged else None
-        if frames is not None:
+        if not canvas.wanted:
             if declared is not None and count < declared:
                 warning = f"{path} is incomplete: it declares {declared} frames and {count} decode"
-            return frames, replace(info, frames=count, warning=warning)
+            return torch.from_numpy(canvas.frames), replace(canvas.info, frames=count, warning=warning)
         count = seen
+
+
+def chosen(path: str | Path, choose: Callable[[int], Sequence[int]], count: int) -> Sequence[int]:
+    """What `choose` says for a video of `count` frames.
+
+    Raises:
+        RequestError: It chose nothing, or an index outside the video.
+    """
+    indices = choose(count)
+    if not indices or min(indices) < 0 or max(indices) >= count:
+        raise RequestError(f"{path} has {count} frames; wanted {_span(indices)}")
+    return indices
 
 
 def _span(indices: Sequence[int]) -> str:
     return f"frames {min(indices)} to {max(indices)}" if indices else "at least one frame"
 
 
-def _collect(
-    path: str | Path, stream: Any, frames: Iterator[Any], indices: Sequence[int]
-) -> tuple[Tensor | None, VideoInfo | None, int]:
-    """The frames at `indices`, or None if the video ended before; what it is, if any frame decoded; how many did."""
-    places: dict[int, list[int]] = {}
-    for place, index in enumerate(indices):
-        places.setdefault(index, []).append(place)
-    last = max(places)
-    reformatter = _av().video.reformatter.VideoReformatter()
-    info: VideoInfo | None = None
+class _Canvas:
+    """The frames that are wanted, put in their places as they come."""
+
+    def __init__(self, path: str | Path, stream: Any, indices: Sequence[int], short_side: int | None) -> None:
+        self.wanted: dict[int, list[int]] = {}
+        """By the index of a frame that has not come yet, the places that it goes to."""
+        for place, index in enumerate(indices):
+            self.wanted.setdefault(index, []).append(place)
+        self.info: VideoInfo | None = None
+        """Known once a frame has come, wanted or not."""
+        self.frames: npt.NDArray[np.uint8]
+        self._path, self._stream, self._short_side, self._places = path, stream, short_side, len(indices)
+        self._reformatter = _av().video.reformatter.VideoReformatter()
+
+    def put(self, index: int, frame: Any) -> None:
+        if self.info is None:
+            self.info = _info(self._path, self._stream, frame)
+            self._stored = (frame.width, frame.height)
+        places = self.wanted.pop(index, None)
+        if places is None:
+            return
+        # A stream may change its size on the way; a clip has the size that it began with.
+        width, height = self._stored
+        picture = self._reformatter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+        if self._short_side is not None and min(width, height) > self._short_side:
+            scale = self._short_side / min(width, height)
+            size = (round(height * scale), round(width * scale))
+            picture = resize(torch.from_numpy(picture)[None], *size)[0].numpy()
+        if self.info.rotation:
+            picture = np.rot90(picture, self.info.rotation // 90)
+        if not hasattr(self, "frames"):
+            self.frames = np.empty((self._places, *picture.shape), dtype=np.uint8)
+        for place in places:
+            self.frames[place] = picture
+
+
+def _collect(frames: Iterator[Any], canvas: _Canvas) -> int:
+    """Puts frames, from the first on, until none is wanted or the video ends; how many came."""
+    last = max(canvas.wanted)
     seen = 0
     for seen, frame in enumerate(frames, start=1):
-        if info is None:
-            info = _info(path, stream, frame)
-            out = np.empty((len(indices), info.height, info.width, 3), dtype=np.uint8)
-            stored = (frame.width, frame.height)
-        for nth, place in enumerate(places.get(seen - 1, ())):
-            if nth == 0:
-                # A stream may change its size on the way; a clip has the size that it began with.
-                rgb = reformatter.reformat(frame, width=stored[0], height=stored[1], format="rgb24").to_ndarray()
-                picture = np.rot90(rgb, info.rotation // 90) if info.rotation else rgb
-            out[place] = picture
+        canvas.put(seen - 1, frame)
         if seen > last:
-            return torch.from_numpy(out), info, seen
-    return None, info, seen
+            break
+    return seen
+
+
+def _runs(wanted: Sequence[int], keyframes: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches to decode, from a keyframe to a frame that is wanted, that hold all that are wanted; both ascend.
+
+    >>> _runs([3, 25, 31, 90], [0, 12, 24, 36, 48, 60, 72, 84])
+    [(0, 3), (24, 31), (84, 90)]
+    """
+    runs: list[tuple[int, int]] = []
+    for index in wanted:
+        keyframe = keyframes[bisect_right(keyframes, index) - 1]
+        if runs and keyframe <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], index)
+        else:
+            runs.append((keyframe, index))
+    return runs
+
+
+def _seeking_pays(stream: Any, canvas: _Canvas) -> bool:
+    """Whether the container's index, where it has one, promises enough keyframes in the right places."""
+    wanted = sorted(canvas.wanted)
+    if wanted[-1] < SEEK_SAVES:
+        return False
+    # Older releases of PyAV do not show the index.
+    entries = getattr(stream, "index_entries", None) or ()
+    # The index is in the order of decoding, which is near enough to the order shown.
+    keyframes = [number for number, entry in enumerate(entries) if entry.is_keyframe]
+    if len(entries) != stream.frames or len(keyframes) < 2 or keyframes[0] != 0:
+        return False
+    through = wanted[-1] + 1
+    decoded = sum(last - first + 1 for first, last in _runs(wanted, keyframes))
+    return through - decoded >= max(SEEK_SAVES, through // 2)
+
+
+def _collect_by_seeking(container: Any, stream: Any, canvas: _Canvas) -> bool:
+    """Puts the frames that are wanted, entering the file at keyframes; False where that cannot be relied upon.
+
+    A frame is known by its time stamp: whatever a seek lands on, no other frame is taken for it.
+    """
+    av = _av()
+    damaged: list[str] = []
+    try:
+        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+        times = sorted({packet.pts for packet in packets if packet.pts is not None})
+        if len(times) != len(packets) or len(times) != stream.frames:
+            return False
+        number = {time: index for index, time in enumerate(times)}
+        # Of the two stamps the one of decoding is the earlier: no container takes it for a later keyframe.
+        entries = {number[p.pts]: p.pts if p.dts is None else p.dts for p in packets if p.is_keyframe}
+        keyframes = sorted(entries)
+        if not keyframes or keyframes[0] != 0:
+            return False
+        for first, last in _runs(sorted(canvas.wanted), keyframes):
+            container.seek(entries[first], stream=stream)
+            for frame in _frames(container, stream, damaged):
+                index = number.get(frame.pts)
+                if index is None or damaged:
+                    return False
+                # Frames that come after a keyframe and are shown before it may lack what they refer to.
+                if index >= first:
+                    canvas.put(index, frame)
+                if index >= last:
+                    break
+    except (av.FFmpegError, OSError):
+        return False
+    return not canvas.wanted and not damaged
 
 
 def read_clip(path: str | Path, *, clip_length: int, start: int = 0, stride: int = 1, threads: int = 0) -> Tensor:
@@ -327,6 +440,16 @@ def _warned(frames: Tensor, info: VideoInfo) -> Tensor:
     return frames
 
 
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """Frames (F, H, W, 3), uint8, as (F, height, width, 3): bilinear, antialiased where it shrinks, rounded."""
+    if tuple(frames.shape[1:3]) == (height, width):
+        return frames
+    # Whole levels and channels last: torch resizes these some twenty times faster than floats.
+    pictures = frames.permute(0, 3, 1, 2)
+    pictures = F.interpolate(pictures, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return pictures.permute(0, 2, 3, 1)
+
+
 def resize_normalise(
     frames: Tensor,
     *,
@@ -364,12 +487,9 @@ def resize_normalise(
     gain = (1 / (255 * deviation)).to(torch.float32)
     offset = (-torch.tensor(mean, dtype=torch.float64).view(3, 1, 1, 1) / deviation).to(torch.float32)
     out = torch.empty((clips, 3, clip_length, height, width), dtype=torch.float32)
-    # One clip at a time stays in the caches. Whole levels and channels last: torch resizes these some twenty times
-    # faster than floats.
+    # One clip at a time stays in the caches.
     for clip in range(clips):
-        pictures = frames[clip].permute(0, 3, 1, 2)
-        if size != (stored_height, stored_width):
-            pictures = F.interpolate(pictures, size, mode="bilinear", antialias=True, align_corners=False)
-        cropped = pictures[:, :, top : top + height, left : left + width].transpose(0, 1)
+        pictures = resize(frames[clip], *size)
+        cropped = pictures[:, top : top + height, left : left + width].permute(3, 0, 1, 2)
         torch.addcmul(offset, cropped.to(torch.float32), gain, out=out[clip])
     return out
