@@ -101,10 +101,12 @@ class TemporalConvNet(nn.Module):
         dropout: Probability that a feature is dropped in training. Single features are dropped, as in the authors'
             code; the paper's text speaks of spatial dropout.
 
-    Module names are those of the authors' code.
+    Module names are those of the authors' code, whose files load; their classifier is passed over.
 
     Source: Bai, Kolter & Koltun (2018), arXiv:1803.01271, §3.
     """
+
+    unused: ClassVar[tuple[str, ...]] = ("linear",)
 
     def __init__(self, in_channels: int, channels: Sequence[int], kernel_size: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
