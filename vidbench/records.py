@@ -70,6 +70,8 @@ class Accuracy:
     train_s: float
     conditions: Mapping[str, float] = field(default_factory=dict)
     """Top-1 on altered test clips: shuffled, reversed, frozen."""
+    top5: float | None = None
+    """None of a task of five classes or fewer."""
 
 
 @dataclass(frozen=True, slots=True)

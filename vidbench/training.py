@@ -1,36 +1,34 @@
-"""Training and testing a model on a generated task, the same way for every seed.
+"""Training and testing of a model: one loop for generated tasks and video files, resumable to the bit.
 
-`train` and `evaluate` take any model and any batches; `train_and_test` is one accuracy of one model on one task.
+A training is a function of its recipe, its seed and its data: step i sees the batch that the data make for i. What a
+checkpoint keeps is all the rest, so that a training that was killed and resumed ends with the same weights as one
+that was not.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import math
+import os
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from vidbench import models
-from vidbench.data.tasks import CONDITIONS, Condition, Task, create
-from vidbench.records import Accuracy
 from vidbench.sweep import RequestError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""Pairs of clips (N, 3, T, H, W) and labels (N,)."""
+"""Pairs of clips (N, …) and labels (N,)."""
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with the steps done, the steps in all, and the loss."""
 
-TEST_EXAMPLES = 600
-"""Test clips behind an accuracy."""
-
-CONDITION_EXAMPLES = 300
-"""At most so many of them are tested under each altered condition: one of six is known to within 2 points then."""
+Amp = Literal["none", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,198 +41,248 @@ class Recipe:
     """The highest of the one cycle."""
     steps: int
     batch_size: int = 24
+    """Over all processes."""
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     """Gradients of a larger Euclidean norm are scaled down to it."""
+    amp: Amp = "none"
+    """Arithmetic of products: that of the weights, or automatic mixed precision."""
 
 
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "frame_order": {
-        "frame_pool_avg": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=50),
-        "cnn_lstm": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=70),
-        "cnn_tcn": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=90),
-        "c3d": Recipe(width_multiplier=0.125, learning_rate=2e-3, steps=110),
-    },
-}
-"""By task and model: the least that reaches the accuracy a model of its kind can reach, on two CPU cores."""
-
-
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """The outcome of a test."""
 
-    top1: float
-    examples: int
+    confusion: Tensor
+    """Clips by true class (rows) and by answer (columns), int64."""
+    top5: float
+    """Share of clips whose class is among the five most likely."""
+
+    @property
+    def examples(self) -> int:
+        """Clips tested."""
+        return int(self.confusion.sum())
+
+    @property
+    def top1(self) -> float:
+        """Share of right answers."""
+        return int(self.confusion.diagonal().sum()) / self.examples
+
+    @property
+    def per_class(self) -> list[float]:
+        """Share of right answers of each class; NaN for one that had no clip."""
+        right, all_ = self.confusion.diagonal().tolist(), self.confusion.sum(dim=1).tolist()
+        return [r / n if n else math.nan for r, n in zip(right, all_, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a training is kept on its way."""
+
+    path: Path
+    what: str
+    """Model, data and seed in words: another training's checkpoint is refused."""
+    every_s: float = 30.0
+    """Seconds from one writing to the next."""
 
 
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: Callable[[int], Batches],
+    recipe: Recipe,
     *,
-    steps: int,
-    learning_rate: float,
-    weight_decay: float = 0.01,
-    clip_norm: float = 1.0,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> float:
-    """Trains a model in place with AdamW, cross-entropy and one cycle of the learning rate.
+    """Trains a model in place with AdamW, cross-entropy and one cycle of the learning rate, cosine up and down.
+
+    In a process group the gradients are averaged over its processes, each of which brings its share of every batch.
 
     Args:
         model: From clips to logits; left in training mode, on the device that it is on.
-        batches: At least `steps` of them are drawn.
-        steps: Batches to train on.
-        learning_rate: The highest of the cycle: reached after 30 % of the steps, almost nothing at the end.
-        weight_decay: Of AdamW, decoupled.
-        clip_norm: Gradients of a larger Euclidean norm are scaled down to it.
+        batches: From the number of a step, the first being 0, to its batch and all later ones.
+        recipe: The number of steps and how they are taken.
+        checkpoint: Is gone on with where it exists, and written now and then and after the last step.
         progress: Told of every step.
 
     Returns:
         The loss of the last step.
 
     Raises:
-        RequestError: `steps` is below 1, or the batches end early.
+        RequestError: `steps` is below 1, the batches end early, or the checkpoint is of another training.
         FloatingPointError: The loss is no longer finite.
 
     Source: Loshchilov & Hutter (2019), arXiv:1711.05101 (AdamW); Smith & Topin (2018), arXiv:1708.07120 (one cycle).
     """
-    if steps < 1:
-        raise RequestError(f"steps={steps} is not a positive integer")
-    device = _device(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps)
+    if recipe.steps < 1:
+        raise RequestError(f"steps={recipe.steps} is not a positive integer")
+    device = device_of(model)
+    state = _State(model, recipe, device)
+    value = float("nan")
+    if checkpoint is not None and checkpoint.path.exists():
+        value = state.restore(checkpoint)
+    wrapped: nn.Module = model
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     model.train()
-    done, value = 0, float("nan")
-    for done, (clips, labels) in enumerate(itertools.islice(batches, steps), start=1):
-        loss = F.cross_entropy(model(clips.to(device)), labels.to(device))
+    written = time.monotonic()
+    source = iter(batches(state.step)) if state.step < recipe.steps else iter(())
+    while state.step < recipe.steps:
+        batch = next(source, None)
+        if batch is None:
+            raise RequestError(f"the batches ended after {state.step} of {recipe.steps} steps")
+        clips, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
+        with autocast(device, recipe.amp):
+            loss = F.cross_entropy(wrapped(clips), labels)
         value = loss.item()
-        if not torch.isfinite(loss):
+        if not math.isfinite(value):
             raise FloatingPointError(
-                f"training diverged: loss {value} at step {done} of {steps}; lower learning_rate={learning_rate:g}"
+                f"training diverged: loss {value} at step {state.step + 1} of {recipe.steps}; "
+                f"lower learning_rate={recipe.learning_rate:g}"
             )
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-        optimiser.step()
-        schedule.step()
+        state.update(loss, recipe.clip_norm)
+        if checkpoint is not None and (state.step == recipe.steps or time.monotonic() - written >= checkpoint.every_s):
+            state.save(checkpoint, value)
+            written = time.monotonic()
         if progress is not None:
-            progress(done, steps, value)
-    if done < steps:
-        raise RequestError(f"the batches ended after {done} of {steps} steps")
+            progress(state.step, recipe.steps, value)
     return value
 
 
+class _State:
+    """Everything that changes from step to step."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        self.step = 0
+        self.model, self.recipe, self.device = model, recipe, device
+        self.optimiser = torch.optim.AdamW(
+            model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, max_lr=recipe.learning_rate, total_steps=recipe.steps
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+
+    def update(self, loss: Tensor, clip_norm: float) -> None:
+        """One step of the optimiser."""
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
+        nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.schedule.step()
+        self.step += 1
+
+    def save(self, checkpoint: Checkpoint, loss: float) -> None:
+        """Writes the checkpoint; a process that dies meanwhile leaves the one before."""
+        if distributed.is_initialized() and distributed.get_rank() > 0:
+            return
+        cuda = self.device.type == "cuda"
+        state = {
+            "what": checkpoint.what,
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "loss": loss,
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if cuda else None,
+        }
+        checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
+        new = checkpoint.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with new.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(checkpoint.path)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def restore(self, checkpoint: Checkpoint) -> float:
+        """Goes on where the checkpoint stands; returns its last loss."""
+        try:
+            state: dict[str, Any] = torch.load(checkpoint.path, map_location=self.device, weights_only=True)
+        except Exception as error:  # noqa: BLE001  a damaged file may raise anything
+            raise RequestError(f"{checkpoint.path} is not a checkpoint: {error}".splitlines()[0]) from None
+        if "schedule" not in state or "what" not in state:
+            raise RequestError(f"{checkpoint.path} is not a checkpoint of a training; use --weights for weights")
+        for name, before, now in (
+            ("training", state["what"], checkpoint.what),
+            ("recipe", state["recipe"], asdict(self.recipe)),
+        ):
+            if before != now:
+                raise RequestError(f"{checkpoint.path} is of another {name}: {before}, not {now}; choose another --out")
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        return float(state["loss"])
+
+
+def autocast(device: torch.device, amp: Amp) -> contextlib.AbstractContextManager[Any]:
+    """Mixed precision, or none."""
+    if amp == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16)
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches) -> Score:
-    """Top-1 accuracy of a model in evaluation mode; afterwards it is in the mode that it was in.
+def evaluate(model: nn.Module, batches: Batches, *, amp: Amp = "none") -> Score:
+    """The score of a model in evaluation mode; afterwards it is in the mode that it was in.
+
+    Args:
+        model: From clips to logits (N, classes).
+        batches: Clips (N, …), or views of them (N, V, C, T, H, W), whose probabilities are averaged.
+        amp: Arithmetic of products.
 
     Raises:
         RequestError: There are no examples.
     """
-    device, mode = _device(model), model.training
+    device, mode = device_of(model), model.training
     model.eval()
-    right = examples = 0
-    for clips, labels in batches:
-        right += int((model(clips.to(device)).argmax(dim=1).cpu() == labels).sum())
-        examples += len(labels)
-    model.train(mode)
-    if examples == 0:
+    confusion, among_five = None, 0
+    try:
+        for batch in batches:
+            clips, labels = batch[0].to(device), batch[1]
+            views = clips.shape[1] if clips.dim() == _VIEWED else 1
+            with autocast(device, amp):
+                logits = model(clips.flatten(0, 1) if clips.dim() == _VIEWED else clips)
+            likely = logits.float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1).cpu()
+            classes = likely.shape[1]
+            if confusion is None:
+                confusion = torch.zeros(classes, classes, dtype=torch.int64)
+            confusion += torch.bincount(labels * classes + likely.argmax(dim=1), minlength=classes**2).view(
+                classes, classes
+            )
+            best = likely.topk(min(5, classes), dim=1).indices
+            among_five += int((best == labels[:, None]).any(dim=1).sum())
+    finally:
+        model.train(mode)
+    if confusion is None or not int(confusion.sum()):
         raise RequestError("no examples to test on")
-    return Score(right / examples, examples)
+    return Score(confusion, among_five / int(confusion.sum()))
 
 
-def train_and_test(
-    model_name: str,
-    task: Task | str,
-    *,
-    seed: int,
-    recipe: Recipe | None = None,
-    steps: int | None = None,
-    width_multiplier: float | None = None,
-    test_examples: int = TEST_EXAMPLES,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Accuracy:
-    """Top-1 accuracy of one training of one model on one task, on normal and on altered test clips.
+_VIEWED = 6
+"""Axes of clips with several views."""
 
-    One seed has one outcome on one machine and number of threads: it decides the weights, the dropout and the
-    examples. Torch's own random state is left as it was.
 
-    Args:
-        model_name: One of `vidbench.models.MODELS`.
-        task: A task or its name.
-        seed: Of everything random.
-        recipe: How to train; by default the model's row of `RECIPES`.
-        steps: Instead of the recipe's.
-        width_multiplier: Instead of the recipe's.
-        test_examples: Test clips; rounded up to whole contents, so that every class is tested equally often.
-        device: Where to train, such as `cpu` or `cuda`.
-        progress: Told of every step.
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next(model.parameters()).device
 
-    Raises:
-        RequestError: The task or the model is not known, or there is no recipe for it.
-        FloatingPointError: The training diverged.
-    """
-    if isinstance(task, str):
-        task = create(task)
-    recipe = recipe or _recipe(task.name, model_name)
-    if steps is not None:
-        recipe = replace(recipe, steps=steps)
-    if width_multiplier is not None:
-        recipe = replace(recipe, width_multiplier=width_multiplier)
-    examples = _whole(test_examples, task)
 
+@contextlib.contextmanager
+def seeded(seed: int, device: str) -> Iterator[None]:
+    """Torch's random numbers from a seed on; afterwards they are as they were."""
     with torch.random.fork_rng(devices=[] if device == "cpu" else None):
         torch.manual_seed(seed)
-        model = models.create(
-            model_name,
-            num_classes=task.num_classes,
-            clip_length=task.clip_length,
-            input_size=task.size,
-            width_multiplier=recipe.width_multiplier,
-        ).to(device)
-        started = time.perf_counter()
-        train(
-            model,
-            task.batches(batch_size=recipe.batch_size, seed=seed, step=task.num_classes + 1),
-            steps=recipe.steps,
-            learning_rate=recipe.learning_rate,
-            weight_decay=recipe.weight_decay,
-            clip_norm=recipe.clip_norm,
-            progress=progress,
-        )
-        train_s = time.perf_counter() - started
-
-    def score(condition: Condition) -> Score:
-        count = examples if condition == "normal" else min(examples, _whole(CONDITION_EXAMPLES, task))
-        size = recipe.batch_size
-        return evaluate(
-            model, task.batches(batch_size=size, seed=seed, split="test", condition=condition, examples=count)
-        )
-
-    scores = {condition: score(condition) for condition in CONDITIONS}
-    return Accuracy(
-        task=task.name,
-        seed=seed,
-        top1=scores["normal"].top1,
-        chance=task.chance,
-        examples=scores["normal"].examples,
-        train_s=train_s,
-        conditions={name: score.top1 for name, score in scores.items() if name != "normal"},
-    )
-
-
-def _whole(examples: int, task: Task) -> int:
-    """So many examples or a few more, that every content is there in every class."""
-    return -(-examples // task.num_classes) * task.num_classes
-
-
-def _recipe(task: str, model_name: str) -> Recipe:
-    recipes = RECIPES.get(task, {})
-    if model_name not in recipes:
-        raise RequestError(
-            f"no recipe for model {model_name!r} on task {task!r}; known: {', '.join(sorted(recipes)) or 'none'}"
-        )
-    return recipes[model_name]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+        yield

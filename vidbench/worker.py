@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -213,15 +214,11 @@ def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Meas
     point, started = task.point, time.perf_counter()
     try:
         if point.kind == "task":
-            from vidbench.training import train_and_test
+            from vidbench.trials import recipe_for, trial
 
-            accuracy = train_and_test(
-                point.workload,
-                str(point.case["task"]),
-                seed=int(point.case["seed"]),  # type: ignore[arg-type]
-                width_multiplier=float(point.case["width_multiplier"]),  # type: ignore[arg-type]
-                device=point.device,
-            )
+            name, seed, width = (point.case[key] for key in ("task", "seed", "width_multiplier"))
+            recipe = replace(recipe_for(point.workload, str(name)), width_multiplier=float(width))  # type: ignore[arg-type]
+            accuracy = trial(point.workload, str(name), seed=int(seed), recipe=recipe, device=point.device).accuracy  # type: ignore[arg-type]
             return Measurement(point, task.round, "ok", accuracy=accuracy, wall_s=time.perf_counter() - started)
         return measure(
             point, environment, round=task.round, budget=Budget(seconds=task.seconds), video=task.video, costs=costs

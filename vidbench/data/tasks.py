@@ -105,17 +105,28 @@ class Task:
         condition: Condition = "normal",
         examples: int | None = None,
         step: int = 1,
+        start: int = 0,
+        limit: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Examples 0, `step`, 2 `step`, … in batches; without `examples`, their number, there is no end to them.
+        """Examples 0, `step`, 2 `step`, … in batches, from batch `start` on.
 
         With a step of 1 a content comes in all its classes, side by side; with `num_classes` + 1 the classes take
         turns as well, and every example has a content of its own.
+
+        Args:
+            batch_size: Examples in a batch; the last may have fewer.
+            examples: How many there are in all; without, there is no end to them.
+            step: From one example to the next.
+            start: Number of the first batch.
+            limit: After so many examples the first comes again.
         """
-        start = 0
-        while examples is None or start < examples:
-            stop = start + batch_size if examples is None else min(start + batch_size, examples)
-            yield self.make(range(start * step, stop * step, step), seed=seed, split=split, condition=condition)
-            start = stop
+        first = start * batch_size
+        while examples is None or first < examples:
+            last = first + batch_size if examples is None else min(first + batch_size, examples)
+            places = range(first, last) if limit is None else [place % limit for place in range(first, last)]
+            indices = [place * step for place in places]
+            yield self.make(indices, seed=seed, split=split, condition=condition)
+            first = last
 
 
 def _bytes(count: int, seed: int, split: Split, condition: Condition, number: int) -> Bytes:
