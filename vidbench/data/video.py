@@ -373,7 +373,7 @@ def read_clip(path: str | Path, *, clip_length: int, start: int = 0, stride: int
     Warns:
         VideoWarning: The file holds fewer frames than it declares, or some did not decode.
     """
-    _at_least_one(clip_length=clip_length, stride=stride)
+    at_least_one(clip_length=clip_length, stride=stride)
 
     def choose(count: int) -> list[int]:
         if not 0 <= start < count:
@@ -403,7 +403,7 @@ def read_clips(path: str | Path, *, batch_size: int, clip_length: int, stride: i
     Warns:
         VideoWarning: The file holds fewer frames than it declares, or some did not decode.
     """
-    _at_least_one(batch_size=batch_size, clip_length=clip_length, stride=stride)
+    at_least_one(batch_size=batch_size, clip_length=clip_length, stride=stride)
 
     def choose(count: int) -> list[int]:
         return [
@@ -428,7 +428,9 @@ def clip_starts(frames: int, batch_size: int, span: int) -> list[int]:
     return [room * clip // (batch_size - 1) for clip in range(batch_size)]
 
 
-def _at_least_one(**sizes: int) -> None:
+def at_least_one(**sizes: int) -> None:
+    """Refuses, by name, a size that is not a positive integer."""
+    """Refuses, by name, a size that is not a positive integer."""
     for name, size in sizes.items():
         if size < 1:
             raise RequestError(f"{name}={size} is not a positive integer")
