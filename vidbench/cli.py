@@ -192,6 +192,45 @@ def tune(
     typer.echo(str(table))
 
 
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A name of `vidbench list models`, or package.module:factory.")],
+    clip: Annotated[
+        str | None, typer.Option(metavar="CxTxHxW", help="The clip, such as 3x16x112x112; default: the published one.")
+    ] = None,
+    clip_length: Annotated[int | None, typer.Option(min=1, help="Frames.")] = None,
+    input_size: Annotated[int | None, typer.Option(min=1, help="Pixels of a square frame.")] = None,
+    num_classes: Annotated[int, typer.Option(min=1, help="Classes told apart.")] = 400,
+    width_multiplier: Annotated[float, typer.Option(help="Factor on the channel counts.")] = 1.0,
+    backbone: Annotated[
+        str | None, typer.Option(help="Of a frame model: resnet18, resnet50 or package.module:factory.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Parts of a layer's name that the table tells apart.")] = 2,
+    fields: Annotated[
+        bool, typer.Option("--fields/--no-fields", help="Find the receptive fields; a model of yours runs for it.")
+    ] = True,
+    format: Annotated[Format, typer.Option(help="text or json; json has every layer.")] = Format.text,
+) -> None:
+    """Parameters, MACs, FLOPs, activations and receptive field of a model, by layer and in total."""
+    from vidbench.info import describe, parse_clip, table
+
+    size: int | tuple[int, int] | None = input_size
+    if clip is not None:
+        if clip_length is not None or input_size is not None:
+            raise RequestError("--clip says what --clip-length and --input-size say: give one or the other")
+        clip_length, size = parse_clip(model, clip)
+    described = describe(
+        model,
+        num_classes=num_classes,
+        clip_length=clip_length,
+        input_size=size,
+        width_multiplier=width_multiplier,
+        fields=fields,
+        backbone=backbone,
+    )
+    typer.echo(json.dumps(described.as_json(), indent=2) if format is Format.json else table(described, depth=depth))
+
+
 @app.command("list")
 def list_(
     topic: Annotated[Topic, typer.Argument(help="What to list.")] = Topic.suites,

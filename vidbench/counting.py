@@ -145,7 +145,7 @@ def _recurrent(module: nn.RNNBase, x: Tensor | PackedSequence, state: Any) -> tu
     return forward, (forward if trains else 0) + forward - unwanted
 
 
-def _layer(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> tuple[int, int] | None:
+def layer_macs(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> tuple[int, int] | None:
     """(forward, backward) multiply-adds of one call of a layer; None where it is no layer with a closed form."""
     x = inputs[0]
     if isinstance(module, nn.RNNBase):
@@ -182,7 +182,7 @@ class _ClosedForm:
         ]
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        counted = _layer(module, (*args, *kwargs.values()), output)
+        counted = layer_macs(module, (*args, *kwargs.values()), output)
         if counted is not None:
             learns = self.train and _needs_gradient(tree_leaves(output))
             self.total += sum(counted) if learns else counted[0]
@@ -251,7 +251,7 @@ def _run_meta(call: Callable[[], Any], *, train: bool) -> tuple[int, tuple[str, 
     return counter.flops // 2, tuple(counter.unknown)
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy of a model whose weights have shapes and no memory."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -444,7 +444,7 @@ def count_model(model: nn.Module, input_shapes: Shapes, *, train: bool = False) 
     by: dict[str, int] = {}
     uncounted: list[str] = []
     try:
-        bare = _on_meta(model).train(train)
+        bare = on_meta(model).train(train)
         inputs = tuple(torch.empty(tuple(shape), device="meta") for shape in shapes)
         closed = _ClosedForm(bare, train=train)
         try:
