@@ -256,6 +256,19 @@ class RunWriter:
         return cls._open(Path(folder), _new_header(suite, sweeps, environment, command, input), resume=True)
 
     @classmethod
+    def extend(cls, folder: str | os.PathLike[str], *, suite: str, environment: Environment, command: str) -> RunWriter:
+        """Adds to whatever run a folder holds, measurements that are none of its sweeps'; starts one where there is none.
+
+        Raises:
+            RunError: As `resume`, but for suite, sweeps and input.
+        """
+        folder = Path(folder)
+        header = _new_header(suite, (), environment, command, None)
+        if (folder / HEADER).exists():
+            header = replace(_read_header(folder), environment=environment)
+        return cls._open(folder, header, resume=True)
+
+    @classmethod
     def _open(cls, folder: Path, header: _Header, *, resume: bool) -> RunWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)

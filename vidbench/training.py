@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from vidbench.data.loading import average_views
 from vidbench.sweep import RequestError
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""Pairs of clips (N, …) and labels (N,)."""
+"""Pairs of clips (N, …) and labels (N,), this process's share of them."""
 
 Progress = Callable[[int, int, float], None]
 """Called after every step with the steps done, the steps in all, and the loss."""
@@ -96,7 +97,7 @@ def train(
 ) -> float:
     """Trains a model in place with AdamW, cross-entropy and one cycle of the learning rate, cosine up and down.
 
-    In a process group the gradients are averaged over its processes, each of which brings its share of every batch.
+    In a process group every process brings its share of each batch, and the gradients are averaged.
 
     Args:
         model: From clips to logits; left in training mode, on the device that it is on.
@@ -122,7 +123,7 @@ def train(
     if checkpoint is not None and checkpoint.path.exists():
         value = state.restore(checkpoint)
     wrapped: nn.Module = model
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
+    if world() > 1:
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     model.train()
     written = time.monotonic()
@@ -176,7 +177,7 @@ class _State:
 
     def save(self, checkpoint: Checkpoint, loss: float) -> None:
         """Writes the checkpoint; a process that dies meanwhile leaves the one before."""
-        if distributed.is_initialized() and distributed.get_rank() > 0:
+        if rank() > 0:
             return
         cuda = self.device.type == "cuda"
         state = {
@@ -238,9 +239,12 @@ def autocast(device: torch.device, amp: Amp) -> contextlib.AbstractContextManage
 def evaluate(model: nn.Module, batches: Batches, *, amp: Amp = "none") -> Score:
     """The score of a model in evaluation mode; afterwards it is in the mode that it was in.
 
+    The processes of a group bring their share of the clips, and all of them return the score of all.
+
     Args:
         model: From clips to logits (N, classes).
-        batches: Clips (N, …), or views of them (N, V, C, T, H, W), whose probabilities are averaged.
+        batches: Labels (N,), and clips, N of them or N · V: views, those of one clip after the other, whose
+            probabilities are averaged.
         amp: Arithmetic of products.
 
     Raises:
@@ -250,12 +254,10 @@ def evaluate(model: nn.Module, batches: Batches, *, amp: Amp = "none") -> Score:
     model.eval()
     confusion, among_five = None, 0
     try:
-        for batch in batches:
-            clips, labels = batch[0].to(device), batch[1]
-            views = clips.shape[1] if clips.dim() == _VIEWED else 1
+        for clips, labels in batches:
             with autocast(device, amp):
-                logits = model(clips.flatten(0, 1) if clips.dim() == _VIEWED else clips)
-            likely = logits.float().softmax(dim=1).unflatten(0, (-1, views)).mean(dim=1).cpu()
+                logits = model(clips.to(device))
+            likely = average_views(logits, len(labels)).cpu()
             classes = likely.shape[1]
             if confusion is None:
                 confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -266,13 +268,49 @@ def evaluate(model: nn.Module, batches: Batches, *, amp: Amp = "none") -> Score:
             among_five += int((best == labels[:, None]).any(dim=1).sum())
     finally:
         model.train(mode)
-    if confusion is None or not int(confusion.sum()):
+    parts: list[tuple[Tensor | None, int]] = [(confusion, among_five)]
+    if world() > 1:
+        parts = [(None, 0)] * world()
+        distributed.all_gather_object(parts, (confusion, among_five))
+    found = [part for part, _ in parts if part is not None]
+    examples = sum(int(part.sum()) for part in found)
+    if not examples:
         raise RequestError("no examples to test on")
-    return Score(confusion, among_five / int(confusion.sum()))
+    return Score(torch.stack(found).sum(dim=0), sum(five for _, five in parts) / examples)
 
 
-_VIEWED = 6
-"""Axes of clips with several views."""
+def world() -> int:
+    """Processes that train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """The process group that torchrun has asked for, if any; yields this process's device.
+
+    Raises:
+        RequestError: torch cannot join it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield device
+        return
+    try:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (KeyError, RuntimeError, ValueError) as error:
+        text = str(error).splitlines()[0]
+        raise RequestError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: {text}") from None
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
 
 
 def device_of(model: nn.Module) -> torch.device:

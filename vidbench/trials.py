@@ -1,7 +1,7 @@
-"""Trials: a model is trained from a seed and tested, on a generated task; one trial is one accuracy.
+"""Trials: a model is trained from a seed and tested, on a generated task or on videos; one trial is one accuracy.
 
-Several seeds make an interval, and every trial on a task also tells what is left of the accuracy when the test clips'
-frames are shuffled, reversed or frozen.
+Several seeds make an interval, and every trial also tells what is left of the accuracy when the test clips' frames
+are shuffled, reversed or frozen.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vidbench import models
+from vidbench.data.datasets import VideoDataset
+from vidbench.data.loading import ClipReader, OnError, VideoBatches
 from vidbench.data.tasks import CONDITIONS, Condition, Task, create
 from vidbench.records import Accuracy
-from vidbench.training import Batches, Checkpoint, Progress, Recipe, Score, evaluate, seeded, train
+from vidbench.training import Batches, Checkpoint, Progress, Recipe, Score, evaluate, rank, seeded, train, world
 
 TEST_EXAMPLES = 600
-"""Test clips behind an accuracy."""
+"""Test clips behind an accuracy on a generated task."""
 
 CONDITION_EXAMPLES = 300
 """At most so many of them are tested under each altered condition: one of six is known to within 2 points then."""
@@ -40,9 +43,119 @@ RECIPES: dict[str, dict[str, Recipe]] = {
 """By task and model: the least that reaches the accuracy a model of its kind can reach, on two CPU cores."""
 
 
-def recipe_for(model_name: str, task: str) -> Recipe:
-    """The recipe of a model on a task, whatever the task's knobs."""
-    return RECIPES.get(task.partition(":")[0], {}).get(model_name, DEFAULT)
+def recipe_for(model_name: str, data: str) -> Recipe:
+    """The recipe of a model on a task, whatever the task's knobs; `DEFAULT` where there is none."""
+    return RECIPES.get(data.partition(":")[0], {}).get(model_name, DEFAULT)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A generated task as what a model is trained and tested on."""
+
+    task: Task
+    limit: int | None = None
+    """Train on so many examples, over and over; without, no example is seen twice."""
+    test_examples: int = TEST_EXAMPLES
+    """Rounded up to whole contents, so that every class is tested equally often."""
+
+    @property
+    def name(self) -> str:
+        """Of the task, its knobs included."""
+        return self.task.name
+
+    @property
+    def shape(self) -> dict[str, int | None]:
+        """What a model must be made for."""
+        task = self.task
+        features = task.frame[0] if task.size is None else None
+        return {
+            "num_classes": task.num_classes,
+            "clip_length": task.clip_length,
+            "input_size": task.size,
+            "input_features": features,
+        }
+
+    def training(self, batch_size: int, seed: int, start: int) -> Batches:
+        """The batches of steps `start`, `start` + 1, …, without end."""
+        limit = None if self.limit is None else self._whole(self.limit)
+        step = self.task.num_classes + 1
+        for clips, labels in self.task.batches(batch_size=batch_size, seed=seed, step=step, start=start, limit=limit):
+            yield clips[rank() :: world()], labels[rank() :: world()]
+
+    def testing(self, batch_size: int, seed: int, condition: Condition) -> Batches:
+        """The test clips, once."""
+        count = self._whole(self.test_examples)
+        if condition != "normal":
+            count = min(count, self._whole(CONDITION_EXAMPLES))
+        batches = self.task.batches(batch_size=batch_size, seed=seed, split="test", condition=condition, examples=count)
+        return (batch for number, batch in enumerate(batches) if number % world() == rank())
+
+    def _whole(self, examples: int) -> int:
+        classes = self.task.num_classes
+        return -(-examples // classes) * classes
+
+
+@dataclass(frozen=True)
+class VideoData:
+    """Two splits of a dataset as what a model is trained and tested on."""
+
+    train: VideoDataset
+    test: VideoDataset
+    reader: ClipReader
+    num_workers: int = 0
+    """Processes that read videos."""
+    on_error: OnError = "fail"
+
+    @property
+    def name(self) -> str:
+        """Of the folder or list."""
+        return self.train.path.stem
+
+    @property
+    def shape(self) -> dict[str, int | None]:
+        """What a model must be made for."""
+        return {
+            "num_classes": len(self.train.classes),
+            "clip_length": self.reader.sampling.clip_length,
+            "input_size": self.reader.size,
+        }
+
+    def training(self, batch_size: int, seed: int, start: int) -> Batches:
+        """The batches of steps `start`, `start` + 1, …, without end."""
+        batches = self._batches(self.train, batch_size, seed)
+        epoch, batch = divmod(start, len(batches))
+        return batches.training(epoch=epoch, batch=batch)
+
+    def testing(self, batch_size: int, seed: int, condition: Condition) -> Batches:
+        """The views of the test videos, once."""
+        generator = torch.Generator().manual_seed(seed)
+        for clips, labels in self._batches(self.test, batch_size, seed).testing():
+            yield altered(clips, condition, generator), labels
+
+    def _batches(self, dataset: VideoDataset, batch_size: int, seed: int) -> VideoBatches:
+        return VideoBatches(
+            dataset,
+            self.reader,
+            batch_size=max(batch_size // world(), 1),
+            seed=seed,
+            num_workers=self.num_workers,
+            on_error=self.on_error,
+            rank=rank(),
+            world_size=world(),
+        )
+
+
+def altered(clips: Tensor, condition: Condition, generator: torch.Generator) -> Tensor:
+    """Clips (N, C, T, H, W) with their frames in random order, backwards, or one of them throughout."""
+    count, length = clips.shape[0], clips.shape[2]
+    if condition == "normal":
+        return clips
+    if condition == "reversed":
+        return clips.flip(2)
+    order = torch.rand(count, length, generator=generator).argsort(dim=1)
+    if condition == "frozen":
+        order = order[:, :1].expand(-1, length)
+    return clips[torch.arange(count)[:, None], :, order].transpose(1, 2)
 
 
 class Trial(NamedTuple):
@@ -56,109 +169,82 @@ class Trial(NamedTuple):
 
 def trial(
     model_name: str,
-    task: Task | str,
+    data: TaskData | VideoData | str,
     *,
     seed: int,
     recipe: Recipe | None = None,
     weights: Path | None = None,
-    limit: int | None = None,
-    test_examples: int = TEST_EXAMPLES,
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> Trial:
-    """Trains a model on a task from a seed, and tests it on normal and on altered clips.
+    """Trains a model from a seed, and tests it on normal and on altered clips.
 
     One seed has one outcome on one machine and number of threads: it decides the weights, the dropout and the
     examples. Torch's own random state is left as it was.
 
     Args:
         model_name: One of `vidbench.models.MODELS`, or `package.module:factory`.
-        task: A task, or its name with knobs.
+        data: What to train and test on, or the name of a task with its knobs.
         seed: Of everything random.
         recipe: How to train; by default that of `recipe_for`.
         weights: A file to begin with; its classifier is left where it has other classes.
-        limit: Train on so many examples, over and over; without, no example is seen twice.
-        test_examples: Test clips; rounded up to whole contents, so that every class is tested equally often.
         device: Where to train, such as `cpu` or `cuda`.
         checkpoint: Where to keep the training on its way, and what to go on with.
         progress: Told of every step.
 
     Raises:
-        RequestError: The task or the model is not known, they do not fit, or the checkpoint is of another training.
+        RequestError: The data or the model are not known, they do not fit, or the checkpoint is of another training.
         FloatingPointError: The training diverged.
     """
-    if isinstance(task, str):
-        task = create(task)
-    recipe = recipe or recipe_for(model_name, task.name)
-    if limit is not None:
-        limit = _whole(limit, task)
-
-    def batches(start: int) -> Batches:
-        step = task.num_classes + 1
-        return task.batches(batch_size=recipe.batch_size, seed=seed, step=step, start=start, limit=limit)
-
+    if isinstance(data, str):
+        data = TaskData(create(data))
+    recipe = recipe or recipe_for(model_name, data.name)
     kept = None
     if checkpoint is not None:
+        limit = getattr(data, "limit", None)
         few = "" if limit is None else f", {limit} examples"
-        kept = Checkpoint(checkpoint, f"{model_name} on {task.name}, seed {seed}{few}")
+        kept = Checkpoint(checkpoint, f"{model_name} on {data.name}, seed {seed}{few}")
     with seeded(seed, device):
-        model = _model(model_name, task, recipe, weights).to(device)
+        model = model_for(model_name, data, recipe.width_multiplier, weights).to(device)
         started = time.perf_counter()
-        train(model, batches, recipe, checkpoint=kept, progress=progress)
+        train(
+            model,
+            lambda start: data.training(recipe.batch_size, seed, start),
+            recipe,
+            checkpoint=kept,
+            progress=progress,
+        )
         train_s = time.perf_counter() - started
-        accuracy, score = score_on(model, task, recipe, seed=seed, test_examples=test_examples)
+        accuracy, score = score_on(model, data, seed=seed, recipe=recipe)
     return Trial(model, replace(accuracy, train_s=train_s), score)
 
 
-def score_on(
-    model: nn.Module, task: Task, recipe: Recipe, *, seed: int, test_examples: int = TEST_EXAMPLES
-) -> tuple[Accuracy, Score]:
-    """How a trained model does on a task's test clips, normal and altered."""
-    whole = _whole(test_examples, task)
+def model_for(name: str, data: TaskData | VideoData, width_multiplier: float, weights: Path | None = None) -> nn.Module:
+    """A model with the inputs and classes of some data; a classifier for other classes is left out of the weights."""
+    return models.create(
+        name, width_multiplier=width_multiplier, weights=weights, replace_head=True, **data.shape  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def score_on(model: nn.Module, data: TaskData | VideoData, *, seed: int, recipe: Recipe) -> tuple[Accuracy, Score]:
+    """How a trained model does on the test clips, normal and altered."""
     scores = {
-        condition: evaluate(model, _test_batches(task, recipe, seed, condition, whole), amp=recipe.amp)
+        condition: evaluate(model, data.testing(recipe.batch_size, seed, condition), amp=recipe.amp)
         for condition in CONDITIONS
     }
-    normal = scores["normal"]
+    normal, classes = scores["normal"], data.shape["num_classes"] or 1
     accuracy = Accuracy(
-        task=task.name,
+        task=data.name,
         seed=seed,
         top1=normal.top1,
-        chance=task.chance,
+        chance=1 / classes,
         examples=normal.examples,
         train_s=0.0,
         conditions={name: score.top1 for name, score in scores.items() if name != "normal"},
-        top5=normal.top5 if task.num_classes > _FIVE else None,
+        top5=normal.top5 if classes > 5 else None,
     )
     return accuracy, normal
-
-
-_FIVE = 5
-
-
-def _test_batches(task: Task, recipe: Recipe, seed: int, condition: Condition, whole: int) -> Batches:
-    count = whole if condition == "normal" else min(whole, _whole(CONDITION_EXAMPLES, task))
-    return task.batches(batch_size=recipe.batch_size, seed=seed, split="test", condition=condition, examples=count)
-
-
-def _model(name: str, task: Task, recipe: Recipe, weights: Path | None) -> nn.Module:
-    features = None if task.size is not None else task.frame[0]
-    return models.create(
-        name,
-        num_classes=task.num_classes,
-        clip_length=task.clip_length,
-        input_size=task.size,
-        width_multiplier=recipe.width_multiplier,
-        weights=weights,
-        replace_head=True,
-        input_features=features,
-    )
-
-
-def _whole(examples: int, task: Task) -> int:
-    """So many examples or a few more, that every content is there in every class."""
-    return -(-examples // task.num_classes) * task.num_classes
 
 
 class Interval(NamedTuple):

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vidbench import models
-from vidbench.data.tasks import TASKS
+from vidbench.data.tasks import TASKS, create
 from vidbench.sweep import RequestError
 from vidbench.training import Checkpoint, Recipe, Score, evaluate, train
-from vidbench.trials import RECIPES, interval, recipe_for, trial
+from vidbench.trials import RECIPES, TaskData, altered, interval, recipe_for, trial
 
 TASK = TASKS["frame_order"]
 PLAIN = Recipe(width_multiplier=1.0, learning_rate=0.1, steps=150)
@@ -98,7 +98,7 @@ def test_views_are_averaged_as_probabilities() -> None:
 
     # Logits 9, -1, -1, -1, -1 have a positive mean, but four of five views are for the first class, and the mean of
     # their probabilities, 0.54, is for it.
-    clips = torch.tensor([9.0, -1, -1, -1, -1]).view(1, 5, 1, 1, 1, 1).expand(1, 5, 3, 2, 2, 2)
+    clips = torch.tensor([9.0, -1, -1, -1, -1]).view(5, 1, 1, 1, 1).expand(5, 3, 2, 2, 2)
     assert evaluate(Mean(), [(clips, torch.tensor([0]))]).top1 == 1.0
 
 
@@ -219,7 +219,8 @@ torch.set_num_threads(1)
 trials.Checkpoint = partial(training.Checkpoint, every_s=0.0)
 recipe = training.Recipe(width_multiplier=0.0625, learning_rate=1e-3, steps=20, batch_size=6)
 path = Path(sys.argv[1])
-done = trials.trial("cnn_lstm", "frame_order", seed=0, recipe=recipe, test_examples=6, checkpoint=path,
+data = trials.TaskData(trials.create("frame_order"), test_examples=6)
+done = trials.trial("cnn_lstm", data, seed=0, recipe=recipe, checkpoint=path,
                     progress=lambda done, steps, loss: print(done, flush=True))
 torch.save(done.model.state_dict(), path.with_suffix(".end"))
 """
@@ -258,7 +259,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_weights(tmp_path: Pa
 
 
 def test_an_order_blind_model_is_at_chance_under_every_condition() -> None:
-    done = trial("frame_pool_avg", TASK, seed=0, recipe=TINY, test_examples=60)
+    done = trial("frame_pool_avg", TaskData(TASK, test_examples=60), seed=0, recipe=TINY)
     accuracy = done.accuracy
     assert (accuracy.task, accuracy.seed, accuracy.examples) == ("frame_order", 0, 60)
     assert accuracy.chance == pytest.approx(1 / 6)
@@ -277,7 +278,7 @@ def test_a_seed_has_one_outcome(name: str) -> None:
     def losses(seed: int) -> tuple[list[float], float]:
         seen: list[float] = []
         done = trial(
-            name, "frame_order", seed=seed, test_examples=12, recipe=replace(TINY, steps=3),
+            name, TaskData(TASK, test_examples=12), seed=seed, recipe=replace(TINY, steps=3),
             progress=lambda _done, _steps, loss: seen.append(loss),
         )  # fmt: skip
         return seen, done.accuracy.top1
@@ -289,22 +290,40 @@ def test_a_seed_has_one_outcome(name: str) -> None:
 
 
 def test_few_examples_are_seen_over_and_over() -> None:
-    seen: list[int] = []
-    one = next(iter(TASK.batches(batch_size=12, seed=0, limit=6, step=7)))
-    assert torch.equal(one[0][:6], one[0][6:])
-    for limit in (6, None):
-        losses: list[float] = []
-        recipe = replace(TINY, steps=8, learning_rate=0.01)
-        trial(
-            "single_frame", "appearance:clip_length=1", seed=0, recipe=recipe, limit=limit, test_examples=4,
-            progress=lambda _done, _steps, loss, losses=losses: losses.append(loss),
-        )  # fmt: skip
-        seen.append(len(losses))
-    assert seen == [8, 8]
+    few = TaskData(create("appearance:clip_length=1"), limit=6)  # two contents of four classes: eight examples
+    batches = iter(few.training(batch_size=12, seed=0, start=0))
+    clips = torch.cat([next(batches)[0] for _ in range(2)])
+    assert torch.equal(clips[:8], clips[8:16])
+    assert len({clip.numpy().tobytes() for clip in clips}) == 8
+    many = next(iter(TaskData(few.task).training(batch_size=24, seed=0, start=0)))[0]
+    assert len({clip.numpy().tobytes() for clip in many}) == 24
+
+
+def test_a_step_has_its_batch_wherever_a_training_begins() -> None:
+    data = TaskData(TASK, limit=18)
+    later = next(iter(data.training(batch_size=5, seed=1, start=7)))
+    batches = iter(data.training(batch_size=5, seed=1, start=0))
+    for _ in range(7):
+        next(batches)
+    assert torch.equal(next(batches)[0], later[0])
+
+
+def test_frames_of_videos_are_altered_as_those_of_tasks() -> None:
+    clips = torch.arange(3.0 * 8).view(3, 1, 8, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(altered(clips, "normal", generator), clips)
+    assert torch.equal(altered(clips, "reversed", generator), clips.flip(2))
+    shuffled = altered(clips, "shuffled", generator)
+    assert shuffled.shape == clips.shape
+    assert torch.equal(shuffled.sort(dim=2).values, clips)
+    assert not torch.equal(shuffled, clips)
+    frozen = altered(clips, "frozen", generator)
+    assert (frozen == frozen[:, :, :1]).all()
+    assert all(frame in clip for frame, clip in zip(frozen[:, 0, 0, 0, 0], clips, strict=True))
 
 
 def test_features_go_to_models_on_features() -> None:
-    done = trial("tcn", "token_memory:clip_length=8", seed=0, recipe=TINY, test_examples=8)
+    done = trial("tcn", TaskData(create("token_memory:clip_length=8"), test_examples=8), seed=0, recipe=TINY)
     assert done.accuracy.task == "token_memory:clip_length=8"
     assert done.accuracy.chance == 0.25
     with pytest.raises(RequestError, match="model 'c3d' has no input_features"):
@@ -314,12 +333,12 @@ def test_features_go_to_models_on_features() -> None:
 def test_torchs_random_state_is_left_alone() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    trial("frame_pool_avg", TASK, seed=0, recipe=replace(TINY, steps=1), test_examples=6)
+    trial("frame_pool_avg", TaskData(TASK, test_examples=6), seed=0, recipe=replace(TINY, steps=1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_test_examples_are_whole_contents() -> None:
-    done = trial("frame_pool_avg", TASK, seed=0, recipe=replace(TINY, steps=1), test_examples=7)
+    done = trial("frame_pool_avg", TaskData(TASK, test_examples=7), seed=0, recipe=replace(TINY, steps=1))
     assert done.accuracy.examples == 12
 
 
@@ -354,7 +373,7 @@ def test_a_score_without_answers_has_no_top1() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", RECIPES["frame_order"])
 def test_models_that_see_time_tell_the_order_and_others_do_not(name: str, seed: int) -> None:
-    accuracy = trial(name, TASK, seed=seed).accuracy
+    accuracy = trial(name, "frame_order", seed=seed).accuracy
     assert accuracy.examples >= 600
     assert accuracy.conditions["shuffled"] == pytest.approx(accuracy.chance, abs=0.09)  # four deviations
     assert accuracy.conditions["frozen"] == pytest.approx(accuracy.chance, abs=0.09)
