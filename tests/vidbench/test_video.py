@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from vidbench.data import video
 from vidbench.data.video import VideoWarning, clip_starts, decode, probe, read_clip, read_clips, resize_normalise
 from vidbench.sweep import RequestError
 
@@ -162,6 +164,59 @@ def test_a_video_without_a_frame_count_is_counted(tmp_path: Path) -> None:
     frames, info = decode(path, lambda count: range(count))
     assert index_of(frames) == list(range(11))
     assert info.frames == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("closed.mp4", "libx264", {"g": "12"}),
+        ("open.mp4", "libx264", {"g": "12", "x264-params": "open-gop=1:bframes=3"}),
+        ("single.mp4", "libx264", {"g": "1"}),
+        ("two.mp4", "mpeg2video", {"g": "12", "bf": "2"}),
+        ("four.avi", "mpeg4", {"g": "12", "bf": "2"}),
+        ("five.mp4", "libx265", {"g": "12", "x265-params": "log-level=none"}),
+        ("no_index.mkv", "libx264", {"g": "12"}),
+    ],
+)
+def test_entering_at_keyframes_gives_the_same_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, codec: str, options: dict[str, str]
+) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"FFmpeg has no {codec}")
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(25), options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(90):
+            pixels = np.full((48, 64, 3), 30 + 2 * index, dtype=np.uint8)
+            pixels[10:30, index % 40 : index % 40 + 20] = 255, 0, index
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    whole, _ = decode(tmp_path / name, range)
+    decoded = 0
+    reads = video._frames
+
+    def counted(*arguments: Any) -> Iterator[Any]:
+        nonlocal decoded
+        for frame in reads(*arguments):
+            decoded += 1
+            yield frame
+
+    monkeypatch.setattr(video, "_frames", counted)
+    for wanted in ([80], [89, 88, 89], [75, 40, 41, 76], list(range(60, 68)), [3, 70], [11, 12, 13], [0, 45, 85]):
+        decoded = 0
+        frames, info = decode(tmp_path / name, lambda count, wanted=wanted: wanted, threads=1)
+        assert torch.equal(frames, whole[wanted])
+        assert info.frames == 90
+        if wanted == [80] and name != "no_index.mkv" and hasattr(av.stream.Stream, "index_entries"):
+            assert decoded <= 16
+
+
+def test_large_pictures_are_shrunk_as_they_come(sound: Path) -> None:
+    frames, info = decode(sound, lambda count: [4, 2], short_side=24)
+    assert frames.shape == (2, 24, 32, 3)
+    assert (info.height, info.width) == (48, 64)
+    assert index_of(frames) == [4, 2]
+    assert decode(sound, lambda count: [4], short_side=50)[0].shape == (1, 48, 64, 3)
 
 
 # ---- real files ----

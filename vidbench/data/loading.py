@@ -264,13 +264,8 @@ class VideoBatches:
         self.dataset, self.reader, self.batch_size = dataset, reader, batch_size
         self.problems: dict[str, str] = dict.fromkeys(dataset.missing, "not there")
         """By file, why it was skipped."""
-        self._seed, self._workers, self._on_error, self._rank, self._world = (
-            seed,
-            num_workers,
-            on_error,
-            rank,
-            world_size,
-        )
+        self._seed, self._workers, self._on_error = seed, num_workers, on_error
+        self._rank, self._world = rank, world_size
         self._noted: set[str] = set()
         self._reported = 0
 
