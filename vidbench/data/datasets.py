@@ -254,22 +254,23 @@ def _by_stem(bases: Sequence[Path]) -> Callable[[str], str | None]:
     return lambda name: files.get(name)
 
 
-def _entries(folder: Path) -> list[Path]:
+def _names(folder: Path) -> list[str]:
     """What is in a folder and not hidden, sorted."""
     try:
-        return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError as error:
         raise RequestError(f"{folder} cannot be listed: {error.strerror}") from None
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.is_dir()]
+    return [entry for name in _names(folder) if (entry := folder / name).is_dir()]
 
 
 def _near(root: Path, pattern: str) -> list[Path]:
     """Files in a folder or in the folders within it, whose names match."""
     folders = [root, *_subfolders(root)] if root.is_dir() else []
-    return [file for at in folders for file in _entries(at) if re.fullmatch(pattern, file.name) and file.is_file()]
+    named = re.compile(rf"(?!\.){pattern}")
+    return [at / name for at in folders for name in sorted(filter(named.fullmatch, _listed(at)[1]))]
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
@@ -297,7 +298,8 @@ def _read_folders(root: Path, fold: int = 1) -> _Listing:
     parts: Mapping[Split, Path] = _split_folders(root) or {"all": root}
     found = {
         split: {
-            at.name: [str(file) for file in _entries(at) if file.suffix.lower() in SUFFIXES] for at in _subfolders(part)
+            at.name: [os.path.join(at, name) for name in _names(at) if name.lower().endswith(SUFFIXES)]
+            for at in _subfolders(part)
         }
         for split, part in parts.items()
     }
@@ -339,7 +341,7 @@ def _read_ucf101(root: Path, fold: int) -> _Listing:
 
 
 def _no_fold(folder: Path, fold: int, pattern: str) -> RequestError:
-    there = sorted({int(match[1]) for file in _entries(folder) if (match := re.fullmatch(pattern, file.name))})
+    there = sorted({int(match[1]) for name in _names(folder) if (match := re.fullmatch(pattern, name))})
     return RequestError(f"{folder} has no fold {fold}; it has {', '.join(map(str, there)) or 'none'}")
 
 
@@ -438,7 +440,7 @@ def _lists(root: Path) -> dict[Split, Path]:
     else:
         # Files that are named alike but for the split.
         alike = re.compile("|".join(sorted(SPLIT_WORDS, key=len, reverse=True)))
-        plain, others = alike.sub("", root.name.lower()), _entries(root.parent)
+        plain, others = alike.sub("", root.name.lower()), [root.parent / name for name in _names(root.parent)]
         others = [at for at in others if alike.sub("", at.name.lower()) == plain and _split_of(at) not in (None, own)]
         found = [file for file in (root, *others) if _is_list(file)]
     lists: dict[Split, Path] = {}
