@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from vidbench import models
@@ -99,6 +101,24 @@ class ModelInfo:
         ]
         head = {"model": self.model, "num_classes": self.num_classes, "inputs": dict(self.inputs)}
         return {**head, "total": total, "modules": rows, "uncounted": list(self.uncounted)}
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves random values out: on the meta device there are none, and torch imports its compiler to make them."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are made in this context have shapes and no values."""
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -283,7 +303,7 @@ def describe(
     sizes = {"num_classes": num_classes, "input_size": size, "width_multiplier": width_multiplier}
     # A user's network may need memory while it is built.
     shapes_alone = own and not any(":" in value for value in options.values() if isinstance(value, str))
-    with torch.device("meta" if shapes_alone else "cpu"):
+    with without_memory() if shapes_alone else nullcontext():
         model = models.create(name, clip_length=frames, **sizes, **options)
     counts = count_model(model, inputs)
     modules, called = count_modules(model, inputs) if counts.macs is not None else ((), {})

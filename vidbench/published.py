@@ -130,14 +130,12 @@ def agrees(printed: str, ours: int) -> bool:
 
 @cache
 def _ours(position: int) -> tuple[int, int]:
-    import torch
-
-    from vidbench.info import count_modules
+    from vidbench.info import count_modules, without_memory
     from vidbench.models import create, input_shapes
 
     figure = FIGURES[position]
     frames, pixels = figure.clip
-    with torch.device("meta"):
+    with without_memory():
         model = create(
             figure.model,
             num_classes=figure.num_classes,
@@ -163,8 +161,8 @@ def page() -> str:
     lines = [
         "# Models: published figures and ours",
         "",
-        "Made by `python -m vidbench.published --write`; a test holds it against the sources. Of one clip; multiply-adds",
-        "(MACs), whatever the source calls them. `vidbench info MODEL` has the same by layer.",
+        "Made by `python -m vidbench.published --write`; a test holds it against the sources. Of one clip;",
+        "multiply-adds (MACs), whatever the source calls them. `vidbench info MODEL` has the same by layer.",
         "",
         "| model | classes | clip | parameters, published | ours | MACs, published | ours | published by |",
         "|---|---|---|---|---|---|---|---|",

@@ -51,7 +51,13 @@ def _listed(name: str) -> Counter[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "clip"), [("c3d", (3, 16, 112, 112)), ("i3d_rgb", (3, 64, 224, 224)), ("r2plus1d_18", (3, 16, 112, 112))]
+    ("name", "clip"),
+    [
+        ("c3d", (3, 16, 112, 112)),
+        ("i3d_rgb", (3, 64, 224, 224)),
+        ("r2plus1d_18", (3, 16, 112, 112)),
+        ("x3d_m", (3, 16, 224, 224)),
+    ],
 )
 def test_layers_are_those_of_the_model(name: str, clip: tuple[int, ...]) -> None:
     assert _listed(name) == _convolutions(name, clip)
