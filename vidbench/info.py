@@ -300,7 +300,7 @@ def describe(
     features = options.get("input_features")
     inputs = models.input_shapes(name, clip_length=frames, height=height, width=width, input_features=features)
     own = name in models.MODELS
-    sizes = {"num_classes": num_classes, "input_size": size, "width_multiplier": width_multiplier}
+    sizes: dict[str, Any] = {"num_classes": num_classes, "input_size": size, "width_multiplier": width_multiplier}
     # A user's network may need memory while it is built.
     shapes_alone = own and not any(":" in value for value in options.values() if isinstance(value, str))
     with without_memory() if shapes_alone else nullcontext():

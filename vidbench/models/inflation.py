@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def cross_modality(weight: Tensor, in_channels: int) -> Tensor:
     return mean.expand(-1, in_channels, *mean.shape[2:]).clone()
 
 
-_GOOGLENET = (
+_GOOGLENET: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^conv1\.", "Conv3d_1a_7x7."),
     (r"^conv2\.", "Conv3d_2b_1x1."),
     (r"^conv3\.", "Conv3d_2c_3x3."),
