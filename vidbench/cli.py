@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vidbench
+from vidbench import cli_training
 from vidbench.sweep import AXES, RequestError, Value, parse_axes
 
 if TYPE_CHECKING:
@@ -229,6 +230,11 @@ def info(
         backbone=backbone,
     )
     typer.echo(json.dumps(described.as_json(), indent=2) if format is Format.json else table(described, depth=depth))
+
+
+app.command()(cli_training.train)
+app.command()(cli_training.evaluate)
+app.command()(cli_training.pick)
 
 
 @app.command("list")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -220,11 +220,25 @@ def trial(
     return Trial(model, replace(accuracy, train_s=train_s), score)
 
 
-def model_for(name: str, data: TaskData | VideoData, width_multiplier: float, weights: Path | None = None) -> nn.Module:
-    """A model with the inputs and classes of some data; a classifier for other classes is left out of the weights."""
-    return models.create(
-        name, width_multiplier=width_multiplier, weights=weights, replace_head=True, **data.shape  # type: ignore[arg-type]
-    )  # fmt: skip
+def model_for(
+    name: str,
+    data: TaskData | VideoData,
+    width_multiplier: float,
+    weights: Path | None = None,
+    *,
+    replace_head: bool = True,
+) -> nn.Module:
+    """A model with the inputs and classes of some data.
+
+    Args:
+        name: As of `trial`.
+        data: What it is made for.
+        width_multiplier: Factor on its channels.
+        weights: A file to read.
+        replace_head: Whether a classifier for other classes is left out, rather than refused.
+    """
+    shape: dict[str, Any] = data.shape
+    return models.create(name, width_multiplier=width_multiplier, weights=weights, replace_head=replace_head, **shape)
 
 
 def score_on(model: nn.Module, data: TaskData | VideoData, *, seed: int, recipe: Recipe) -> tuple[Accuracy, Score]:

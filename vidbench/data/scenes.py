@@ -57,14 +57,17 @@ def _mask(
         y, x = (y + half) % (2 * half) - half, (x + half) % (2 * half) - half
     y, x = np.abs(y)[..., :, None], np.abs(x)[..., None, :]
     r = radius[..., None, None]
-    if shape == "disc":
-        return y**2 + x**2 <= r**2
-    if shape == "square":
-        return np.maximum(y, x) <= r * 7 // 8
-    if shape == "cross":
-        return (np.minimum(y, x) <= r // 3) & (np.maximum(y, x) <= r)
     square = y**2 + x**2
-    return (square <= r**2) & (square >= (r * 9 // 16) ** 2)  # a ring
+    inside: npt.NDArray[np.bool_]
+    if shape == "disc":
+        inside = square <= r**2
+    elif shape == "square":
+        inside = np.maximum(y, x) <= r * 7 // 8
+    elif shape == "cross":
+        inside = (np.minimum(y, x) <= r // 3) & (np.maximum(y, x) <= r)
+    else:  # a ring
+        inside = (square <= r**2) & (square >= (r * 9 // 16) ** 2)
+    return inside
 
 
 def _paint(frames: Bytes, mask: npt.NDArray[np.bool_], colour: Integers, strength: Integers) -> Bytes:

@@ -119,7 +119,7 @@ def tile_candidates(outs: int, depth: int, dtype: str, gpu: Gpu, *, aligned: boo
     else:
         # Without matrix instructions every product passes through registers.
         shapes = ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 2))
-        inner, item = 32, 4
+        inner, item = 16, 4
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for block_m, block_n, warps, stages in shapes:
         config = {
@@ -161,7 +161,7 @@ def gradient_candidates(outs: int, ins: int, dtype: str, *, aligned: bool) -> li
     elif dtype == "tf32":
         shapes = ((64, 64, 32, 4, 3), (32, 32, 64, 4, 3))
     else:
-        shapes = ((32, 32, 32, 4, 2), (64, 32, 32, 4, 2))
+        shapes = ((32, 32, 16, 4, 2), (64, 32, 16, 4, 2))
     found: dict[tuple[int, ...], dict[str, int]] = {}
     for block_o, block_c, block_r, warps, stages in shapes:
         config = {

@@ -186,7 +186,7 @@ def _shapes(ieee: bool, columns: int, gpu: Gpu, *, split: bool = True) -> Iterat
     """(BLOCK_M, BLOCK_N, BLOCK_N2) that spill no registers."""
     # Without matrix instructions products are in registers as well. Only wgmma reads both factors from shared memory
     # and leaves its result where the epilogue needs it.
-    most = 64 * 64 if ieee else 256 * 160 if gpu.capability == 90 else 128 * 144
+    most = 64 * 32 if ieee else 256 * 160 if gpu.capability == 90 else 128 * 144
     for block_m in (64,) if ieee else (64, 128, 256) if gpu.capability == 90 else (64, 128):
         for width, width2 in _WIDTHS:
             if (width2 == 32 and gpu.capability < 90) or (width == 16 and columns > 32):

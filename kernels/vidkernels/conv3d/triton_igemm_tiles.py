@@ -78,6 +78,8 @@ def convolution_tiles(
     # Rows of odd lengths are stored in small pieces, each with its pointer: large tiles of them would spill registers.
     whole = out_channels * x.element_size() % 16 == 0
     most = 4096 if whole else 2048 if boxed else 1024
+    if kind == "tf32" and not boxed:
+        most = 1024
     tiles = [tile for tile in shapes(kind, rows, out_channels, gpu) if tile[0] * (tile[1] + tile[2]) <= most * tile[4]]
     for block_m, block_n, tail, weight_first, warps, stages in tiles[:6]:
         block_k = _depth(in_channels, 16 if kind == "fp32" else 32 if kind == "tf32" or gpu.capability < 90 else 64)
@@ -105,13 +107,14 @@ def _plain_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator
         # Multiplied without matrix instructions: operands and sums all lie in registers.
         for most in (64, 32):
             # Not 128 rows: their pointers and masks take registers too.
-            yield 64, power_of_two(out_channels, 16, most), 0, 0, 4, 2
+            width = power_of_two(out_channels, 16, most)
+            yield 64, width, 0, 0, 8 if width > 32 else 4, 2
         return
     for most in (128, 64):
         width = power_of_two(out_channels, 16, most)
         tiles = [(128, 8, 3), (64, 4, 3)]
         for block_m, warps, stages in tiles if rows > 64 else reversed(tiles):
-            yield block_m, width, 0, 0, warps, stages
+            yield block_m, width, 0, 0, 8 if width > 64 else warps, stages
 
 
 def _boxed_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator[Tile]:
@@ -127,7 +130,7 @@ def _boxed_shapes(kind: str, rows: int, out_channels: int, gpu: Gpu) -> Iterator
     ]
     tiles: list[tuple[float, Tile]] = []
     for width, block_m, warps, stages in first:
-        if kind == "tf32" and width * block_m > 128 * 128:
+        if kind == "tf32" and width * block_m > 2048 * warps:
             continue
         tiles.append((_cost(rows, out_channels, block_m, width), (block_m, width, 0, 1, warps, stages)))
     pairs = [(width, 0) for width in (16, 32)]
@@ -196,10 +199,12 @@ def _weight_shapes(
 ) -> Iterator[tuple[int, int, int, int, int, int]]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, GROUP, num_warps, num_stages), the best guess first."""
     groups = (3, 1) if boxed and taps % 3 == 0 else (1,)
+    if kind == "tf32" and in_channels % 2:
+        groups = (1,)  # Sums stored one by one have a pointer each.
     if kind == "fp32":
         for group in groups:
-            side = 32 if boxed else 64
-            yield power_of_two(out_channels, 16, side), power_of_two(in_channels, 16, side), 32, group, 4, 2
+            side, warps = (32, 4) if boxed else (64, 8)
+            yield power_of_two(out_channels, 16, side), power_of_two(in_channels, 16, side), 32, group, warps, 2
         return
     depth = 32 if kind == "tf32" or gpu.capability < 90 else 64
     for most in (128, 64):
