@@ -156,6 +156,13 @@ class Task:
         return self.architecture, hashlib.sha256(self.key.encode()).hexdigest()[:12]
 
     @property
+    def configuration(self) -> str:
+        """Of its row: without what is aligned as always, and what is absent."""
+        text = re.sub(r"\w+=None ", "", self.key.partition(" ")[2])
+        types = re.findall(r":(?:\*|tensordesc<)(\w+)", text)
+        return re.sub(r"^\(.*?\)", "/".join(dict.fromkeys(types)), text)
+
+    @property
     def source(self) -> str:
         """As of its row."""
         return cubins.source(self.launch)[:12]
@@ -165,15 +172,8 @@ class Task:
         gpu = TARGETS[self.architecture]
         cubin, shared_bytes = cubins.build(self.launch, gpu)
         found = asdict(cubins.resources(cubin, shared_bytes, gpu))
-        kernel, _, configuration = self.key.partition(" ")
-        return Row(self.architecture, kernel, _short_text(configuration), self.place[1], self.source, **found)
-
-
-def _short_text(configuration: str) -> str:
-    """Without what is aligned as always, and what is absent."""
-    text = re.sub(r"\w+=None ", "", configuration)
-    types = re.findall(r":\*(\w+)", text)
-    return re.sub(r"^\(.*?\)", "/".join(dict.fromkeys(types)), text)
+        kernel, _, _ = self.key.partition(" ")
+        return Row(self.architecture, kernel, self.configuration, self.place[1], self.source, **found)
 
 
 def tasks(
@@ -242,6 +242,19 @@ def worse(row: Row, known: Row) -> list[str]:
     return found
 
 
+def flaws(row: Row) -> list[str]:
+    """What no shipped cubin may have: local memory, or a dense convolution on sm_90 without its matrix instructions."""
+    name = f"{row.architecture} {row.kernel} {row.configuration}"
+    found = []
+    if row.stack_bytes or row.local_accesses:
+        found.append(f"{name}: {row.stack_bytes} bytes of stack, {row.local_accesses} accesses to local memory")
+    dense = re.match(r"conv3d\.triton_igemm\w*:(boxes|gather)$", row.kernel)
+    exact = "PRECISION=ieee" in row.configuration and not re.search(r"\b(bf16|fp16)\b", row.configuration)
+    if row.architecture == "sm_90" and dense and row.matrix_instructions != "wgmma" and not exact:
+        found.append(f"{name}: matrix instructions {row.matrix_instructions}, not wgmma")
+    return found
+
+
 def sample(todo: Sequence[Task]) -> list[Task]:
     """One task of every kernel on every architecture, the same ones each time."""
     chosen: dict[tuple[str, str], Task] = {}
@@ -273,23 +286,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"triton {version('triton')}: {len(everything)} cubins, {len(changed)} other than the table's")
     if chosen.write:
         if (architectures, dtypes, ops) == (tuple(TARGETS), DTYPES, tuple(OPS)):
-            places = {task.place for task in everything}
-            known = {place: row for place, row in known.items() if place in places}
+            texts = {task.place: task.configuration for task in everything}
+            known = {at: replace(row, configuration=texts[at]) for at, row in known.items() if at in texts}
         return _extend(everything if chosen.all else changed, known, chosen.minutes)
     for task in changed[:10]:
         print(f"{task.architecture} {task.key}: not in the table as it is now")
     if changed:
         print("run `python -m vidbench.kernel_table --write`, and look at the difference")
         return 1
+    lost = [line for task in everything for line in flaws(known[task.place])]
     rows = list(compile_all(everything if chosen.all else sample(everything)))
-    lost = [line for row in rows for line in worse(row, known[row.place])]
-    print("\n".join(lost) if lost else f"{len(rows)} compiled: none is worse than the table says")
+    lost += [line for row in rows for line in worse(row, known[row.place])]
+    print("\n".join(lost) if lost else f"no stack, no spills; {len(rows)} compiled: none is worse than the table says")
     return bool(lost)
 
 
 def _extend(todo: Sequence[Task], known: dict[tuple[str, str], Row], minutes: float) -> int:
     """Compiles, and writes the table now and then; 1 where time ran out."""
     started = time.monotonic()
+    write(folder(), known.values())
     # Kernels in turn, so that a table cut short holds some of each.
     todo = sorted(todo, key=lambda task: task.place[1])
     for at in range(0, len(todo), 64):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vidbench import kernel_table
-from vidbench.kernel_table import Row, read, sample, tasks, worse, write
+from vidbench.kernel_table import Row, flaws, read, sample, tasks, worse, write
 from vidkernels.launch import TARGETS
 
 ROW = Row(
@@ -40,6 +40,33 @@ def test_a_change_for_the_worse_is_told(change: dict[str, object], said: str) ->
 @pytest.mark.parametrize("change", [{}, {"registers": 96}, {"registers": 104}, {"instructions": 900}])
 def test_a_change_for_the_better_is_not(change: dict[str, int]) -> None:
     assert worse(replace(ROW, **change), ROW) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stack_bytes": 8}, "8 bytes of stack, 0 accesses to local memory"),
+        ({"local_accesses": 3}, "0 bytes of stack, 3 accesses to local memory"),
+        ({"matrix_instructions": "mma"}, "matrix instructions mma, not wgmma"),
+        ({"matrix_instructions": "none", "configuration": "fp32 PRECISION=tf32"}, "none, not wgmma"),
+    ],
+)
+def test_what_no_shipped_kernel_may_have(change: dict[str, object], said: str) -> None:
+    (line,) = flaws(replace(ROW, **change))  # type: ignore[arg-type]
+    assert line.endswith(said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"matrix_instructions": "none", "configuration": "fp32 PRECISION=ieee"},
+        {"matrix_instructions": "mma", "architecture": "sm_80"},
+        {"matrix_instructions": "none", "kernel": "conv3d.triton_igemm_kernels:add_parts"},
+    ],
+)
+def test_what_a_shipped_kernel_may_be(change: dict[str, object]) -> None:
+    assert flaws(replace(ROW, **change)) == []  # type: ignore[arg-type]
 
 
 def test_a_table_is_read_as_written(tmp_path: Path) -> None:

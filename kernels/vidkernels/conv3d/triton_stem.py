@@ -302,7 +302,7 @@ def _gradient_candidates(x: Tensor, length: int, width: int, gpu: launch.Gpu) ->
     # 64 sums a thread: twice as many do not leave room for the addresses.
     longest = min(max(_power_of_2(length), 16), 64 if exact else 128 * 128 // max(columns, 64))
     for j in (longest, longest // 2, longest // 4):
-        for rows, stages in ((32, 2),) if exact else ((64, 3), (32, 4)):
+        for rows, stages in ((16, 2),) if exact else ((64, 3), (32, 4)):
             warps = 8 if columns * j > 64 * 128 else 4
             shared = stages * rows * (columns + j) * x.element_size()
             if j >= 16 and shared <= gpu.shared_bytes:
