@@ -257,7 +257,7 @@ class RunWriter:
 
     @classmethod
     def extend(cls, folder: str | os.PathLike[str], *, suite: str, environment: Environment, command: str) -> RunWriter:
-        """Adds to whatever run a folder holds, measurements that are none of its sweeps'; starts one where there is none.
+        """Adds measurements of no sweep to whatever run a folder holds; starts one where there is none.
 
         Raises:
             RunError: As `resume`, but for suite, sweeps and input.
