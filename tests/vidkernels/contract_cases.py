@@ -41,6 +41,8 @@ _RECURRENT = {
     "no bias": {"bias": False},
     "many to one": {"return_sequence": False},
     "one feature": {"input_features": 1, "hidden_size": 1},
+    "32 units": {"hidden_size": 32, "clip_length": 3},
+    "128 units": {"hidden_size": 128, "clip_length": 3, "batch_size": 2},
     "empty batch": {"batch_size": 0},
 }
 _RECURRENT_SIZES = {"batch_size": 3, "clip_length": 5, "input_features": 5, "hidden_size": 7}
