@@ -90,6 +90,8 @@ def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False
             each = sum(number * one for number, one in zip(columns, clocks, strict=True))
             small = 1024 if mirror and dtype == "tf32" else 2048
             found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile, "num_warps": 8 if area > small else 4}))
+        if not mirror and sizes.ins != sizes.outs and area > 8192:
+            continue  # What a downsampling adds to the sums, and the gates kept meanwhile, would spill.
         count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).total
         halves = (waves(count * number, gpu) * one for number, one in zip(columns, clocks, strict=True))
         found.append((LAUNCH_CLOCKS + sum(halves), {"FUSED": 0, **tile}))
