@@ -68,12 +68,15 @@ def sizes_of(x: Tensor, v1: Tensor, dilation: int) -> Sizes:
     return Sizes(batch, frames, ins, outs, taps, reach(dilation, frames))
 
 
-def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False) -> list[dict[str, int]]:
+def block_candidates(
+    sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False, keep: bool = False
+) -> list[dict[str, int]]:
     """Configurations of a block, fused and in two launches, the fastest by estimate first.
 
     Args:
         dtype: As in `key_dtype`.
         mirror: The gradient, whose second half has C_in columns.
+        keep: The forward pass, for a gradient.
     """
     wide, narrow = padded(sizes.outs), padded(sizes.ins)
     found: list[tuple[float, dict[str, int]]] = []
@@ -90,8 +93,8 @@ def block_candidates(sizes: Sizes, dtype: str, gpu: Gpu, *, mirror: bool = False
             each = sum(number * one for number, one in zip(columns, clocks, strict=True))
             small = 1024 if mirror and dtype == "tf32" else 2048
             found.append((waves(tiles.total, gpu) * each, {"FUSED": 1, **tile, "num_warps": 8 if area > small else 4}))
-        if not mirror and sizes.ins != sizes.outs and area > 8192:
-            continue  # What a downsampling adds to the sums, and the gates kept meanwhile, would spill.
+        if keep and area > 8192:
+            continue  # The gates, kept until the residual is added, would spill.
         count = apart(sizes.batch, sizes.frames, sizes.dilation, tile["BLOCK_M"]).total
         halves = (waves(count * number, gpu) * one for number, one in zip(columns, clocks, strict=True))
         found.append((LAUNCH_CLOCKS + sum(halves), {"FUSED": 0, **tile}))
@@ -115,9 +118,9 @@ class Plan(NamedTuple):
         return self.tiles.total, -(-columns[half[1]] // self.config["BLOCK_N"])
 
 
-def _plan(x: Tensor, sizes: Sizes, direction: str, *, second: bool = True) -> Plan:
+def _plan(x: Tensor, sizes: Sizes, direction: str, *, second: bool = True, keep: bool = False) -> Plan:
     gpu, dtype = launch.gpu_of(x), key_dtype(x)
-    candidates = block_candidates(sizes, dtype, gpu, mirror=direction == "input_gradient")
+    candidates = block_candidates(sizes, dtype, gpu, mirror=direction == "input_gradient", keep=keep)
     key = tuning.Key(dtype, (sizes.ins, sizes.outs), (sizes.taps, sizes.dilation), sizes.batch * sizes.frames)
     config = dict(tuning.pick(f"tcn_block/triton_fused/{direction}", key, candidates, gpu))
     fused = config.pop("FUSED")
@@ -168,7 +171,7 @@ def _forward(
         num_warps=4,
         num_stages=2,
     )
-    plan = _plan(x, sizes, "forward")
+    plan = _plan(x, sizes, "forward", keep=keep)
     fused = len(plan.halves) == 1
     y = x.new_empty(batch, frames, outs)
     hidden = x.new_empty(batch, frames, wide) if keep or not fused else None
