@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -116,7 +117,7 @@ def train(
     folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-train"
     found: list[Accuracy] = []
     score: Score | None = None
-    with joined(device) as mine, _run(folder, mine, writes=rank() == 0) as run:
+    with _plain_warnings(), joined(device) as mine, _run(folder, mine, writes=rank() == 0) as run:
         for seed in numbers:
             point = _point(model, chosen, recipe, seed, mine, examples)
             kept = (
@@ -170,7 +171,7 @@ def evaluate(
 
     chosen = _data(model, task, data, None, clip_length, input_size, test_clips, test_crops, workers, on_error, cache)
     recipe = _recipe(model, chosen, batch_size=batch_size, width_multiplier=width_multiplier, amp=amp.value)
-    with joined(device) as mine:
+    with _plain_warnings(), joined(device) as mine:
         made = model_for(model, chosen, recipe.width_multiplier, weights, replace_head=False).to(mine)
         accuracy, score = score_on(made, chosen, seed=seed, recipe=recipe)
         _print(model, [accuracy], score, chosen, output, None)
@@ -283,6 +284,21 @@ def _point(
     if examples is not None:
         case["examples"] = examples
     return Point(model, "task", "eager", mode="evaluate", device=device.partition(":")[0], case=case)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as lines for people, each once."""
+    with warnings.catch_warnings():
+        said: set[str] = set()
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            if str(message) not in said:
+                said.add(str(message))
+                typer.echo(f"vidbench: warning: {message}", err=True)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

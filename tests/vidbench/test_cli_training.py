@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,37 @@ def test_a_training_is_kept_tested_and_not_done_twice(tmp_path: Path) -> None:
     reported = vidbench("report", "run", cwd=tmp_path)
     assert reported.returncode == 0, reported.stderr
     assert "appearance:clip_length=2" in (tmp_path / "run" / "report" / "report.md").read_text()
+
+
+CLIPS = Path(__file__).resolve().parents[2].parent / "shared" / "clips"
+_OF_CLASS = {
+    "sport": ("arm_wrestling.mp4", "v_BaseballPitch_g01_c01.avi"),
+    "other": ("h265_video.mp4", "nasa_13013_rotated.mp4", "testsrc2_odd_height_and_width_mpeg2.mp4"),
+}
+
+
+def test_a_training_on_videos_skips_what_is_broken_or_ends(tmp_path: Path) -> None:
+    if not CLIPS.is_dir():
+        pytest.skip(f"{CLIPS} is not present")
+    for name, files in _OF_CLASS.items():
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for file in files:
+            shutil.copy(CLIPS / file, tmp_path / "data" / name)
+    broken = tmp_path / "data" / "sport" / "truncated.mp4"
+    broken.write_bytes((CLIPS / "nasa_13013.mp4").read_bytes()[:120_000])
+    size = ["--clip-length", "4", "--input-size", "32", "--width-multiplier", "0.125", "--batch-size", "2"]
+    train = ["train", "r3d_18", "--data", "data", *size, "--epochs", "1", "--out", "run"]
+
+    ended = vidbench(*train, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert f"{Path('data/sport/truncated.mp4')} is not a video that FFmpeg can open, or it is cut short" in ended.stderr
+
+    ended = vidbench(*train, "--on-error", "skip", "--resume", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("vidbench: warning: 1 of ") == 1
+    assert "videos of data were skipped:\n  data/sport/truncated.mp4" in ended.stderr
+    assert "r3d_18 on data: top-1" in ended.stdout
+    assert "frozen frames" in ended.stdout
 
 
 def _rows(**columns: list[Any]) -> pd.DataFrame:
