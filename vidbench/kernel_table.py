@@ -5,9 +5,9 @@
 
 The table holds one row for every cubin that the layers of `vidbench.layers` need: registers, stack, accesses to local
 memory, shared memory, matrix instructions, instructions, and a hash of the source that it was compiled from. A kernel
-whose source or launch is not the table's fails; so does a sample that spills more than its row says, needs more of
-anything, or lost its matrix instructions. What is recompiled by CI is one cubin for each kernel and architecture:
-all of them take an hour.
+whose source or launch is not the table's fails; so does any row with stack or spills, or a dense convolution on sm_90
+without wgmma, and a sample that needs more of anything than its row says. CI recompiles
+one cubin for each kernel and architecture: all of them take an hour.
 """
 
 from __future__ import annotations

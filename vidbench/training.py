@@ -110,13 +110,16 @@ def train(
         The loss of the last step.
 
     Raises:
-        RequestError: `steps` is below 1, the batches end early, or the checkpoint is of another training.
+        RequestError: `steps` is below 1, a batch cannot be shared out evenly, the batches end early, or the
+            checkpoint is of another training.
         FloatingPointError: The loss is no longer finite.
 
     Source: Loshchilov & Hutter (2019), arXiv:1711.05101 (AdamW); Smith & Topin (2018), arXiv:1708.07120 (one cycle).
     """
     if recipe.steps < 1:
         raise RequestError(f"steps={recipe.steps} is not a positive integer")
+    if recipe.batch_size % world():
+        raise RequestError(f"batch_size={recipe.batch_size} cannot be shared by {world()} processes: give a multiple")
     device = device_of(model)
     state = _State(model, recipe, device)
     value = float("nan")

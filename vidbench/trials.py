@@ -136,7 +136,7 @@ class VideoData:
         return VideoBatches(
             dataset,
             self.reader,
-            batch_size=max(batch_size // world(), 1),
+            batch_size=max(batch_size // world(), 1),  # of a test, any will do
             seed=seed,
             num_workers=self.num_workers,
             on_error=self.on_error,
@@ -204,7 +204,8 @@ def trial(
     if checkpoint is not None:
         limit = getattr(data, "limit", None)
         few = "" if limit is None else f", {limit} examples"
-        kept = Checkpoint(checkpoint, f"{model_name} on {data.name}, seed {seed}{few}")
+        begun = "" if weights is None else f", from {weights}"
+        kept = Checkpoint(checkpoint, f"{model_name} on {data.name}, seed {seed}{few}{begun}")
     with seeded(seed, device):
         model = model_for(model_name, data, recipe.width_multiplier, weights).to(device)
         started = time.perf_counter()

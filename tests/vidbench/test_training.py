@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vidbench import models
+from vidbench import models, training
 from vidbench.data.tasks import TASKS, create
 from vidbench.sweep import RequestError
 from vidbench.training import Checkpoint, Recipe, Score, evaluate, train
@@ -155,6 +155,12 @@ def test_what_cannot_be_trained_or_tested_says_so() -> None:
         FloatingPointError, match=r"training diverged: loss nan at step 1 of 5; lower learning_rate=0\.1"
     ):
         train(nn.Linear(4, 2), lambda start: [nothing], replace(PLAIN, steps=5))
+
+
+def test_a_batch_is_shared_out_evenly_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "world", lambda: 5)
+    with pytest.raises(RequestError, match="batch_size=24 cannot be shared by 5 processes: give a multiple"):
+        train(nn.Linear(4, 2), points, PLAIN)
 
 
 # ---- checkpoints ----

@@ -79,7 +79,7 @@ def convolution_tiles(
     whole = out_channels * x.element_size() % 16 == 0
     most = 4096 if whole else 2048 if boxed else 1024
     if kind == "tf32" and not boxed:
-        most = 1024
+        most = 1024  # Its factors take twice the registers of 16 bits, beside the pointers.
     tiles = [tile for tile in shapes(kind, rows, out_channels, gpu) if tile[0] * (tile[1] + tile[2]) <= most * tile[4]]
     for block_m, block_n, tail, weight_first, warps, stages in tiles[:6]:
         block_k = _depth(in_channels, 16 if kind == "fp32" else 32 if kind == "tf32" or gpu.capability < 90 else 64)
