@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vidbench
-from vidbench import cli_training
+from vidbench import cli_claims, cli_training
+from vidbench.progress import Bar
 from vidbench.sweep import AXES, RequestError, Value, parse_axes
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Topic(StrEnum):
     models = "models"
     tasks = "tasks"
     axes = "axes"
+    claims = "claims"
 
 
 def _version(show: bool) -> None:
@@ -235,6 +237,7 @@ def info(
 app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.pick)
+app.command()(cli_claims.claims)
 
 
 @app.command("list")
@@ -242,7 +245,7 @@ def list_(
     topic: Annotated[Topic, typer.Argument(help="What to list.")] = Topic.suites,
     format: Annotated[Format, typer.Option(help="text or json.")] = Format.text,
 ) -> None:
-    """List suites, axes, ops, implementations, models or tasks."""
+    """List suites, axes, ops, implementations, models, tasks or claims."""
     rows = LISTINGS[topic]()
     if format is Format.json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
@@ -337,6 +340,12 @@ def _list_tasks() -> list[dict[str, Any]]:
     ]
 
 
+def _list_claims() -> list[dict[str, Any]]:
+    from vidbench.claims.textbook import claims
+
+    return [{"claim": claim.name, "says": claim.says, "source": claim.source} for claim in claims("small")]
+
+
 LISTINGS: Mapping[Topic, Callable[[], list[dict[str, Any]]]] = {
     Topic.suites: _list_suites,
     Topic.axes: _list_axes,
@@ -344,53 +353,27 @@ LISTINGS: Mapping[Topic, Callable[[], list[dict[str, Any]]]] = {
     Topic.implementations: _list_implementations,
     Topic.models: _list_models,
     Topic.tasks: _list_tasks,
+    Topic.claims: _list_claims,
 }
 
 
 class Show:
-    """Shows progress: a bar on a terminal, a line per finished point elsewhere."""
+    """Shows the progress of a sweep: a bar on a terminal, a line per finished point elsewhere."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.bar: Any = None
+        self.bar = Bar(stream)
 
     def __call__(self, progress: Progress) -> None:
-        if self.bar is None and self.stream.isatty():
-            self._open()
-        point = progress.point
-        name = f"{point.workload}/{point.implementation} {point.mode}"
-        if self.bar is not None:
-            self.bar.update(
-                self.task, total=progress.total, completed=progress.done, description=f"round {progress.round}  {name}"
-            )
-            if progress.measurement is not None and progress.measurement.status != "ok":
-                self.bar.console.print(_line(progress.measurement), highlight=False, markup=False)
-        elif progress.measurement is not None:
-            print(
-                f"[{progress.done}/{progress.total}] round {progress.round} {_line(progress.measurement)}",
-                file=self.stream,
-                flush=True,
-            )
-
-    def _open(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            BarColumn(24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=Console(file=self.stream),
-        )
-        self.task = self.bar.add_task("starting", total=None)
-        self.bar.start()
+        point, measurement = progress.point, progress.measurement
+        what = f"round {progress.round}  {point.workload}/{point.implementation} {point.mode}"
+        self.bar.update(progress.done, progress.total, what)
+        if measurement is not None:
+            line = f"[{progress.done}/{progress.total}] round {progress.round} {_line(measurement)}"
+            self.bar.say(line, notable=measurement.status != "ok")
 
     def close(self) -> None:
         """Ends the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        self.bar.close()
 
 
 def _line(measurement: Measurement) -> str:

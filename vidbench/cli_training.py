@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vidbench.progress import Bar
 from vidbench.records import Accuracy, Measurement
 from vidbench.sweep import Point, RequestError
 
@@ -318,54 +319,29 @@ def _run(folder: Path, device: str, *, writes: bool) -> Iterator[RunWriter | Non
 
 
 class _Steps:
-    """Shows how far a training is: a bar on a terminal, a line now and then elsewhere."""
-
-    EVERY_S = 15.0
+    """Shows how far a training is."""
 
     def __init__(self, what: str, *, shown: bool) -> None:
-        self.what, self.shown = what, shown
-        self.started = self.told = time.monotonic()
+        self.what = what
+        self.bar = Bar(sys.stderr, every_s=15.0) if shown else None
+        self.started = time.monotonic()
         self.first: int | None = None
-        self.bar: Any = None
 
     def __call__(self, done: int, steps: int, loss: float) -> None:
-        if not self.shown:
-            return
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.started = done - 1, min(self.started, now - 1e-9)
-        if sys.stderr.isatty():
-            self._draw(done, steps, loss)
-        elif now - self.told >= self.EVERY_S or done == steps:
-            self.told = now
-            rate = (done - self.first) / (now - self.started)
-            left = (steps - done) / rate
-            print(
-                f"{self.what} [{done}/{steps}] loss {loss:.3f}, {rate:.2f} steps/s, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _draw(self, done: int, steps: int, loss: float) -> None:
         if self.bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self.row = self.bar.add_task(self.what, total=steps)
-            self.bar.start()
-        self.bar.update(self.row, completed=done, description=f"{self.what}  loss {loss:.3f}")
+            return
+        if self.first is None:
+            self.first = done - 1
+        rate = (done - self.first) / max(time.monotonic() - self.started, 1e-9)
+        self.bar.update(done, steps, f"{self.what}  loss {loss:.3f}")
+        left = (steps - done) / rate
+        line = f"{self.what} [{done}/{steps}] loss {loss:.3f}, {rate:.2f} steps/s, {left:.0f} s left"
+        self.bar.say(line, last=done == steps)
 
     def close(self) -> None:
         """Ends the bar."""
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
 
 
 def _print(
@@ -377,10 +353,11 @@ def _print(
     folder: Path | None,
 ) -> None:
     """The accuracies over seeds; classes and confusions are those of the last seed."""
-    from vidbench.trials import VideoData, interval
+    from vidbench.metrics import interval
+    from vidbench.trials import VideoData
 
     mean, low, high = interval([one.top1 for one in found])
-    names = data.train.classes if isinstance(data, VideoData) else [str(i) for i in range(len(score.per_class))]
+    names = data.train.classes if isinstance(data, VideoData) else data.task.classes
     per_class = dict(zip(names, score.per_class, strict=True))
     if output is Output.json:
         document = {

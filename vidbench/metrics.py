@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from vidbench.records import Measurement
 from vidbench.sweep import POINT_AXES, Point, Value, text_of
@@ -402,3 +403,26 @@ def scaling_exponents(frame: pd.DataFrame, over: str = "clip_length") -> pd.Data
             value if whole else np.where(fitted, value, np.nan), dtype="Int64" if whole else "Float64"
         )
     return found
+
+
+class Interval(NamedTuple):
+    """A mean over seeds and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean of the outcomes of seeds, with Student's 95 % interval; NaN ends for a single one.
+
+    Source: Student (1908), Biometrika 6(1), on the mean of a small sample.
+    """
+    from scipy.special import stdtrit
+
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Interval(mean, math.nan, math.nan)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    half = float(stdtrit(count - 1, 0.975)) * spread
+    return Interval(mean, mean - half, mean + half)

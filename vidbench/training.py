@@ -48,6 +48,8 @@ class Recipe:
     """Gradients of a larger Euclidean norm are scaled down to it."""
     amp: Amp = "none"
     """Arithmetic of products: that of the weights, or automatic mixed precision."""
+    dropout: float | None = None
+    """Of every dropout layer; None leaves the model's own, which narrow networks cannot afford."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def train(
     In a process group every process brings its share of each batch, and the gradients are averaged.
 
     Args:
-        model: From clips to logits; left in training mode, on the device that it is on.
+        model: From clips to logits; left in training mode, on the device that it is on, with the recipe's dropout.
         batches: From the number of a step, the first being 0, to its batch and all later ones.
         recipe: The number of steps and how they are taken.
         checkpoint: Is gone on with where it exists, and written now and then and after the last step.
@@ -129,6 +131,9 @@ def train(
     if world() > 1:
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     model.train()
+    for module in model.modules():
+        if recipe.dropout is not None and isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = recipe.dropout
     written = time.monotonic()
     source = iter(batches(state.step)) if state.step < recipe.steps else iter(())
     while state.step < recipe.steps:

@@ -6,9 +6,7 @@ are shuffled, reversed or frozen.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +31,26 @@ DEFAULT = Recipe(width_multiplier=0.125, learning_rate=2e-3, steps=200)
 """For a model and a task that have no recipe of their own."""
 
 RECIPES: dict[str, dict[str, Recipe]] = {
+    "appearance": {
+        "frame_pool_avg": Recipe(width_multiplier=0.0625, learning_rate=5e-3, steps=220),
+        "cnn_lstm": Recipe(width_multiplier=0.0625, learning_rate=5e-3, steps=350),
+        "cnn_tcn": Recipe(width_multiplier=0.0625, learning_rate=3e-3, steps=300),
+        "c3d": Recipe(width_multiplier=0.0625, learning_rate=2e-3, steps=300, dropout=0.0),
+        "r2plus1d_18": Recipe(width_multiplier=0.0625, learning_rate=1e-2, steps=220),
+    },
+    "time_direction": {
+        "frame_pool_avg": Recipe(width_multiplier=0.0625, learning_rate=5e-3, steps=150),
+        "cnn_lstm": Recipe(width_multiplier=0.0625, learning_rate=5e-3, steps=200),
+        "cnn_tcn": Recipe(width_multiplier=0.0625, learning_rate=3e-3, steps=250),
+        "c3d": Recipe(width_multiplier=0.0625, learning_rate=2e-3, steps=150, dropout=0.0),
+        "r2plus1d_18": Recipe(width_multiplier=0.0625, learning_rate=1e-2, steps=200),
+    },
     "frame_order": {
         "frame_pool_avg": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=50),
         "cnn_lstm": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=70),
         "cnn_tcn": Recipe(width_multiplier=0.125, learning_rate=3e-3, steps=90),
         "c3d": Recipe(width_multiplier=0.125, learning_rate=2e-3, steps=110),
+        "r2plus1d_18": Recipe(width_multiplier=0.0625, learning_rate=1e-2, steps=150),
     },
 }
 """By task and model: the least that reaches the accuracy a model of its kind can reach, on two CPU cores."""
@@ -177,6 +190,7 @@ def trial(
     device: str = "cpu",
     checkpoint: Path | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Trial:
     """Trains a model from a seed, and tests it on normal and on altered clips.
 
@@ -192,6 +206,7 @@ def trial(
         device: Where to train, such as `cpu` or `cuda`.
         checkpoint: Where to keep the training on its way, and what to go on with.
         progress: Told of every step.
+        options: What the model takes besides; see `vidbench.models.create`.
 
     Raises:
         RequestError: The data or the model are not known, they do not fit, or the checkpoint is of another training.
@@ -207,7 +222,7 @@ def trial(
         begun = "" if weights is None else f", from {weights}"
         kept = Checkpoint(checkpoint, f"{model_name} on {data.name}, seed {seed}{few}{begun}")
     with seeded(seed, device):
-        model = model_for(model_name, data, recipe.width_multiplier, weights).to(device)
+        model = model_for(model_name, data, recipe.width_multiplier, weights, **options).to(device)
         started = time.perf_counter()
         train(
             model,
@@ -228,6 +243,7 @@ def model_for(
     weights: Path | None = None,
     *,
     replace_head: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """A model with the inputs and classes of some data.
 
@@ -237,9 +253,12 @@ def model_for(
         width_multiplier: Factor on its channels.
         weights: A file to read.
         replace_head: Whether a classifier for other classes is left out, rather than refused.
+        options: As of `trial`.
     """
     shape: dict[str, Any] = data.shape
-    return models.create(name, width_multiplier=width_multiplier, weights=weights, replace_head=replace_head, **shape)
+    return models.create(
+        name, width_multiplier=width_multiplier, weights=weights, replace_head=replace_head, **shape, **options
+    )
 
 
 def score_on(model: nn.Module, data: TaskData | VideoData, *, seed: int, recipe: Recipe) -> tuple[Accuracy, Score]:
@@ -260,26 +279,3 @@ def score_on(model: nn.Module, data: TaskData | VideoData, *, seed: int, recipe:
         top5=normal.top5 if classes > 5 else None,
     )
     return accuracy, normal
-
-
-class Interval(NamedTuple):
-    """A mean over seeds and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The mean of the outcomes of seeds, with Student's 95 % interval; NaN ends for a single one.
-
-    Source: Student (1908), Biometrika 6(1), on the mean of a small sample.
-    """
-    from scipy.special import stdtrit
-
-    count, mean = len(values), math.fsum(values) / len(values)
-    if count == 1:
-        return Interval(mean, math.nan, math.nan)
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    half = float(stdtrit(count - 1, 0.975)) * spread
-    return Interval(mean, mean - half, mean + half)

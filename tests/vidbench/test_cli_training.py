@@ -11,7 +11,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
+from vidbench import load
 from vidbench.pick import within
 from vidbench.sweep import RequestError
 
@@ -134,3 +136,41 @@ def test_the_choice_is_what_no_other_row_beats() -> None:
         within(two)
     with pytest.raises(RequestError, match="no model of this run has both a latency and an accuracy"):
         within(frame.assign(top1_accuracy=None))
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Equal shares of every batch, gradients averaged: the weights of one process with whole batches."""
+    command = ["vidbench.cli", "train", "tcn", "--task", "token_memory:clip_length=8", "--steps", "20"]
+    command += ["--width-multiplier", "0.125", "--batch-size", "12", "--format", "json", "--out"]
+    weights, said = [], []
+    for out, launch in (("one", ["-m"]), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"])):
+        ended = subprocess.run(
+            [sys.executable, *launch, *command, out], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert ended.returncode == 0, ended.stderr
+        said.append(json.loads(ended.stdout))  # one document: the second process says nothing
+        (kept,) = (tmp_path / out / "training").iterdir()
+        weights.append(torch.load(kept, weights_only=True)["model"])
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=1e-4, atol=1e-6), name
+    assert said[0]["examples"] == said[1]["examples"] == 600
+    assert said[0]["top1"] == pytest.approx(said[1]["top1"], abs=0.01)
+    assert [len(load(tmp_path / out).measurements) for out in ("one", "two")] == [1, 1]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command = [
+        "vidbench.cli",
+        "train",
+        "tcn",
+        "--task",
+        "token_memory:clip_length=8",
+        "--steps",
+        "1",
+        "--batch-size",
+        "5",
+    ]
+    ended = subprocess.run([*launch, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ended.returncode != 0
+    assert "batch_size=5 cannot be shared by 2 processes: give a multiple" in ended.stderr

@@ -151,7 +151,16 @@ def contents_of(text: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "text",
-    ["time_direction", "frame_order:delay=2", "random_dots", "long_memory", "token_memory", "subtle_motion"],
+    [
+        "time_direction",
+        "frame_order:delay=2",
+        "random_dots",
+        "long_memory",
+        "token_memory",
+        "subtle_motion",
+        "shape_binding",
+        "subtle_motion:pattern=disc",
+    ],
 )
 def test_only_order_tells_the_classes_apart(text: str) -> None:
     task = create(text)
@@ -164,7 +173,7 @@ def test_only_order_tells_the_classes_apart(text: str) -> None:
         assert len({clip.numpy().tobytes() for clip in content}) == task.num_classes
 
 
-@pytest.mark.parametrize("text", ["time_direction", "random_dots", "subtle_motion", "shape_direction"])
+@pytest.mark.parametrize("text", ["time_direction", "random_dots", "subtle_motion", "shape_direction", "shape_binding"])
 def test_every_second_class_is_the_one_before_it_backwards(text: str) -> None:
     clips, _ = contents_of(text, 4)
     assert torch.equal(clips[1::2], clips[::2].flip(2))
@@ -180,15 +189,36 @@ def test_shapes_differ_in_every_frame(text: str) -> None:
 
 
 @pytest.mark.parametrize("domain", ["a", "b"])
-def test_what_moves_forwards_moves_to_the_right(domain: str) -> None:
+@pytest.mark.parametrize("speed", [1, 2])
+def test_what_moves_forwards_moves_to_the_right(domain: str, speed: int) -> None:
     """By the phase of the lowest frequency along W, which a shift by one pixel turns by 2π/32."""
-    clips, labels = contents_of(f"time_direction:domain={domain}", 20)
+    clips, labels = contents_of(f"time_direction:speed={speed}:domain={domain}", 20)
     columns = clips.double().mean(dim=(1, 3))
     phase = torch.fft.rfft(columns, dim=-1)[..., 1]  # [N, T]
     turned = torch.angle((phase[:, 1:] * phase[:, :-1].conj()).sum(dim=1)) * -32 / (2 * torch.pi)
     right = torch.where(labels == 0, turned, -turned)
-    assert right.median() == pytest.approx(1.5, abs=0.3)
+    assert right.median() == pytest.approx(speed + 0.5, abs=0.3)
     assert (right > 0).double().mean() > 0.9
+
+
+def test_a_disc_and_a_cross_go_opposite_ways() -> None:
+    """Found by the mass of what is coloured: the disc is the larger one, and both keep their colours."""
+    clips, labels = contents_of("shape_binding", 40)
+    ways = []
+    for clip, label in zip(clips, labels.tolist(), strict=True):
+        chroma = clip - clip.mean(dim=0, keepdim=True)  # [3, T, H, W]: grey noise has little
+        kinds = [(224, 64, 64), (64, 224, 64), (64, 64, 224), (224, 224, 64)]
+        tints = torch.nn.functional.normalize(torch.tensor(kinds) - torch.tensor(kinds).float().mean(1, keepdim=True))
+        likeness = torch.einsum("ck,kthw->cthw", tints, chroma)
+        mass = likeness.clamp(min=0.8).sub(0.8)
+        shown = mass.sum(dim=(1, 2, 3)).argsort(descending=True)[:2]
+        phase = torch.fft.rfft(mass[shown].sum(dim=2).double(), dim=-1)[..., 1]  # [2, T]
+        turned = torch.angle((phase[:, 1:] * phase[:, :-1].conj()).sum(dim=1)) * -32 / (2 * torch.pi)
+        if mass[shown[1]].sum() > 0.2 * mass[shown[0]].sum():  # two colours, and so two shapes, can be told
+            ways.append((bool(turned[0] > 0), bool(turned[1] > 0), label))
+    assert len(ways) > 30
+    assert sum(first != second for first, second, _ in ways) > 0.9 * len(ways)
+    assert sum(first == (label == 0) for first, _, label in ways) > 0.9 * len(ways)  # the larger one is the disc
 
 
 def _best_shift(clips: Tensor) -> Tensor:
@@ -236,6 +266,18 @@ def test_a_texture_moves_by_its_amplitude(amplitude: float) -> None:
     change = (grey[:, -1] - grey[:, 0])[..., 1:-1]
     moved = -(slope * change).sum(dim=(1, 2)) / (slope**2).sum(dim=(1, 2))
     assert torch.where(labels == 0, moved, -moved).mean() == pytest.approx(amplitude, rel=0.25)
+
+
+@pytest.mark.parametrize("amplitude", [1.0, 4.0, 16.0])
+def test_a_disc_moves_by_its_amplitude(amplitude: float) -> None:
+    """By the phase of the lowest frequency along W, of first and last frames."""
+    clips, labels = contents_of(f"subtle_motion:pattern=disc:amplitude={amplitude}", 100)
+    grey = clips.double() - clips.double().mean(dim=1, keepdim=True)
+    phase = torch.fft.rfft((grey**2).sum(dim=(1, 3)), dim=-1)[..., 1]  # [N, T]: where the colour is
+    turned = torch.angle(phase[:, -1] * phase[:, 0].conj()) * -32 / (2 * torch.pi)
+    right = torch.where(labels == 0, turned, -turned) % 32
+    right = torch.where(right > 24, right - 32, right)
+    assert right.median() == pytest.approx(amplitude, abs=0.3)
 
 
 def test_sharpness_does_not_tell_first_from_last() -> None:

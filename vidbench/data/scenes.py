@@ -19,15 +19,20 @@ Scene = tuple[Bytes, Integers]
 Domain = Literal["a", "b"]
 """a: discs on grey noise; b: squares of other tints on dark, striped noise."""
 
+Pattern = Literal["texture", "disc"]
+"""What moves: a texture that fills the frame, or a disc on noise."""
+
 SIZE = 32
 """Pixels of a frame's side."""
-SHAPES = ("disc", "square", "cross", "ring")
+SHAPES = ("disc", "bars", "cross", "ring")
 HEAD = 16
 """Random bytes of a content that are not noise."""
 
 COLOURS = np.array([[224, 64, 64], [64, 224, 64], [64, 64, 224], [224, 224, 64]])
 TINTS = np.array([[240, 140, 80], [120, 230, 190], [150, 110, 240], [240, 230, 160]])
 """The colours of domain a and of domain b."""
+COLOUR_NAMES = ("red", "green", "blue", "yellow")
+TINT_NAMES = ("orange", "mint", "violet", "sand")
 _STRIPES = 24 * (np.arange(SIZE) // 4 % 2)
 
 
@@ -65,6 +70,8 @@ def _mask(
         inside = np.maximum(y, x) <= r * 7 // 8
     elif shape == "cross":
         inside = (np.minimum(y, x) <= r // 3) & (np.maximum(y, x) <= r)
+    elif shape == "bars":  # two, one above the other
+        inside = (y >= r * 3 // 8) & (np.maximum(y, x) <= r)
     else:  # a ring
         inside = (square <= r**2) & (square >= (r * 9 // 16) ** 2)
     return inside
@@ -72,9 +79,9 @@ def _mask(
 
 def _paint(frames: Bytes, mask: npt.NDArray[np.bool_], colour: Integers, strength: Integers) -> Bytes:
     """Frames (..., 3, H, W) blended with colours (..., 3) where the mask (..., H, W) is; strengths (...) of 256."""
-    shown = frames.astype(np.int64)
-    amount = (mask * strength[..., None, None])[..., None, :, :]
-    return (shown + ((colour[..., None, None] - shown) * amount >> 8)).astype(np.uint8)
+    shown = frames.astype(np.int32)  # the largest product is 255 · 256
+    amount = (mask * strength.astype(np.int32)[..., None, None])[..., None, :, :]
+    return (shown + ((colour.astype(np.int32)[..., None, None] - shown) * amount >> 8)).astype(np.uint8)
 
 
 def _forwards_and_back(contents: int, clip_length: int) -> Integers:
@@ -100,30 +107,55 @@ def appearance(entropy: Bytes, *, clip_length: int, contrast: int) -> Scene:
     return np.concatenate(shown, axis=1), np.tile(order, (contents, 1, 1))
 
 
-def _moving(entropy: Bytes, clip_length: int, domain: Domain, shape: str) -> Bytes:
-    """A shape that moves to the right at one to two pixels a frame, from anywhere and round the edges."""
-    head = entropy[:, :HEAD].astype(np.int64)
-    time = np.arange(clip_length)
-    row = 2 * head[:, :1] + ((head[:, 1:2] - 128) * time >> 4)
-    column = 2 * head[:, 2:3] + (16 + (head[:, 3:4] >> 4)) * time
-    radius = np.broadcast_to(64 + (head[:, 4:5] >> 3), row.shape)
+MOVING_BYTES = 7
+
+
+def _moving(frames: Bytes, drawn: Integers, shape: str, *, domain: Domain = "a", way: int = 1, speed: int = 1) -> Bytes:
+    """A shape that moves on frames (C, T, 3, H, W), from anywhere and round the edges.
+
+    Args:
+        drawn: Random numbers below 256, (C, `MOVING_BYTES`).
+        way: 1 to the right, -1 to the left.
+        speed: Pixels a frame, up to one of which is added by chance.
+    """
+    time = np.arange(frames.shape[1])
+    row = 2 * drawn[:, :1] + ((drawn[:, 1:2] - 128) * time >> 4)
+    column = 2 * drawn[:, 2:3] + way * (16 * speed + (drawn[:, 3:4] >> 4)) * time
+    radius = np.broadcast_to(64 + (drawn[:, 4:5] >> 3), row.shape)
     palette = COLOURS if domain == "a" else TINTS
-    colour = palette[head[:, 5] % len(palette)][:, None]
-    strength = 192 + (head[:, 6:7] >> 2)
-    return _paint(_noise(entropy, clip_length, domain), _mask(shape, row, column, radius, wrap=True), colour, strength)
+    colour = palette[drawn[:, 5] % len(palette)][:, None]
+    strength = 192 + (drawn[:, 6:7] >> 2)
+    return _paint(frames, _mask(shape, row, column, radius, wrap=True), colour, strength)
 
 
-def time_direction(entropy: Bytes, *, clip_length: int, domain: Domain) -> Scene:
-    """A shape moves to the right; the other class is the clip backwards."""
+def time_direction(entropy: Bytes, *, clip_length: int, speed: int, domain: Domain) -> Scene:
+    """A shape moves to the right; the other class is the clip backwards.
+
+    Args:
+        speed: Pixels a frame, up to one of which is added by chance.
+    """
     shape = "disc" if domain == "a" else "square"
-    return _moving(entropy, clip_length, domain, shape), _forwards_and_back(len(entropy), clip_length)
+    drawn = entropy[:, :MOVING_BYTES].astype(np.int64)
+    frames = _moving(_noise(entropy, clip_length, domain), drawn, shape, domain=domain, speed=speed)
+    return frames, _forwards_and_back(len(entropy), clip_length)
 
 
 def shape_direction(entropy: Bytes, *, clip_length: int) -> Scene:
-    """A disc, a square or a cross moves to the right or, backwards, to the left: six classes, shape by shape."""
-    shown = [_moving(entropy, clip_length, "a", shape) for shape in SHAPES[:3]]
+    """A disc, two bars or a cross moves to the right or, backwards, to the left: six classes, shape by shape."""
+    drawn = entropy[:, :MOVING_BYTES].astype(np.int64)
+    shown = [_moving(_noise(entropy, clip_length), drawn, shape) for shape in SHAPES[:3]]
     ways = _forwards_and_back(len(entropy), clip_length)
     return np.concatenate(shown, axis=1), np.concatenate([i * clip_length + ways for i in range(3)], axis=1)
+
+
+def shape_binding(entropy: Bytes, *, clip_length: int) -> Scene:
+    """A disc moves to the right while a cross moves to the left; the other class is the clip backwards.
+
+    Both classes show both shapes and both motions: what tells them apart is which shape has which.
+    """
+    drawn = entropy[:, : 2 * MOVING_BYTES].astype(np.int64)
+    frames = _moving(_noise(entropy, clip_length), drawn[:, MOVING_BYTES:], "cross", way=-1)
+    return _moving(frames, drawn[:, :MOVING_BYTES], "disc"), _forwards_and_back(len(entropy), clip_length)
 
 
 EVENT_LENGTH = 4
@@ -282,3 +314,20 @@ def subtle_motion(entropy: Bytes, *, clip_length: int, amplitude: float) -> Scen
     level = (left * (65536 - part) + right * part + (grain << 12)) >> 16  # noise of ± 8 levels
     shown = np.repeat(np.clip(level, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     return shown, _forwards_and_back(contents, clip_length)
+
+
+def subtle_disc(entropy: Bytes, *, clip_length: int, amplitude: float) -> Scene:
+    """A disc on noise moves steadily to the right, from anywhere and round the edges; or backwards.
+
+    Args:
+        amplitude: Pixels from the first frame to the last, in steps of a sixteenth.
+    """
+    drawn = entropy[:, :4].astype(np.int64)
+    moved = (np.arange(clip_length) - (clip_length - 1) / 2) * 16 * amplitude / (clip_length - 1)
+    column = 2 * drawn[:, :1] + np.rint(moved).astype(np.int64)  # [C, T]
+    row = np.broadcast_to(2 * drawn[:, 1:2], column.shape)
+    radius = np.broadcast_to(80 + (drawn[:, 2:3] >> 2), column.shape)
+    colour = COLOURS[drawn[:, 3] % len(COLOURS)][:, None]
+    mask = _mask("disc", row, column, radius, wrap=True)
+    frames = _paint(_noise(entropy, clip_length), mask, colour, np.full((len(entropy), 1), 224))
+    return frames, _forwards_and_back(len(entropy), clip_length)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vidbench.data import scenes
-from vidbench.data.scenes import Bytes, Domain, Integers, Scene
+from vidbench.data.scenes import Bytes, Domain, Integers, Pattern, Scene
 from vidbench.sweep import RequestError, unknown
 
 Split = Literal["train", "test"]
@@ -39,7 +39,8 @@ class Task:
 
     name: str
     meaning: str
-    num_classes: int
+    classes: tuple[str, ...]
+    """Their names, label by label."""
     clip_length: int
     content: Callable[[Bytes], Scene]
     """See `scenes`."""
@@ -47,6 +48,11 @@ class Task:
     """Random bytes that one content takes."""
     frame: tuple[int, ...] = (3, scenes.SIZE, scenes.SIZE)
     """Shape of a frame: (3, H, W), or of a feature vector: (F,)."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes told apart."""
+        return len(self.classes)
 
     @property
     def chance(self) -> float:
@@ -146,36 +152,40 @@ def _altered(condition: Condition, keys: npt.NDArray[np.uint64]) -> Integers:
     return np.repeat((keys[:, :1] % clip_length).astype(np.int64), clip_length, axis=1)
 
 
+_WAYS = ("to the right", "to the left")
+
+
 def _appearance(*, clip_length: int = 16, contrast: int = 192) -> Task:
     _in_range(clip_length=(clip_length, 1, 1024), contrast=(contrast, 1, 256))
     return Task(
         name="appearance",
         meaning="which of four shapes is shown: any single frame suffices",
-        num_classes=len(scenes.SHAPES),
+        classes=scenes.SHAPES,
         clip_length=clip_length,
         content=partial(scenes.appearance, clip_length=clip_length, contrast=contrast),
         entropy_bytes=scenes.noise_bytes(clip_length),
     )
 
 
-def _time_direction(*, clip_length: int = 16, domain: Domain = "a") -> Task:
-    _in_range(clip_length=(clip_length, 2, 1024))
+def _time_direction(*, clip_length: int = 16, speed: int = 2, domain: Domain = "a") -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024), speed=(speed, 1, 8))
     return Task(
         name="time_direction",
         meaning="whether a clip of a moving shape runs forwards or backwards",
-        num_classes=2,
+        classes=("forwards", "backwards"),
         clip_length=clip_length,
-        content=partial(scenes.time_direction, clip_length=clip_length, domain=domain),
+        content=partial(scenes.time_direction, clip_length=clip_length, speed=speed, domain=domain),
         entropy_bytes=scenes.noise_bytes(clip_length),
     )
 
 
 def _frame_order(*, clip_length: int = 16, delay: int = 0, domain: Domain = "a") -> Task:
     _in_range(clip_length=(clip_length, 3 * scenes.EVENT_LENGTH + 2 * delay, 1024), delay=(delay, 0, 500))
+    names = scenes.COLOUR_NAMES if domain == "a" else scenes.TINT_NAMES
     return Task(
         name="frame_order",
         meaning="the order of three coloured flashes; all six classes of a content show the very same frames",
-        num_classes=len(scenes.ORDERS),
+        classes=tuple(" ".join(names[event] for event in order) for order in scenes.ORDERS),
         clip_length=clip_length,
         content=partial(scenes.frame_order, clip_length=clip_length, delay=delay, domain=domain),
         entropy_bytes=scenes.noise_bytes(clip_length),
@@ -187,7 +197,7 @@ def _random_dots(*, clip_length: int = 16, coherence: float = 0.5) -> Task:
     return Task(
         name="random_dots",
         meaning="which way a share of short-lived dots moves: local motion, which no frame and no path shows",
-        num_classes=2,
+        classes=_WAYS,
         clip_length=clip_length,
         content=partial(scenes.random_dots, clip_length=clip_length, coherence=coherence),
         entropy_bytes=scenes.dot_bytes(clip_length),
@@ -199,7 +209,7 @@ def _long_memory(*, clip_length: int = 32) -> Task:
     return Task(
         name="long_memory",
         meaning="which of four flashes comes first, at the very beginning; distractors follow to the end",
-        num_classes=scenes.CUES,
+        classes=scenes.COLOUR_NAMES,
         clip_length=clip_length,
         content=partial(scenes.long_memory, clip_length=clip_length),
         entropy_bytes=scenes.memory_bytes(clip_length, 3 * scenes.SIZE**2),
@@ -211,7 +221,7 @@ def _token_memory(*, clip_length: int = 32) -> Task:
     return Task(
         name="token_memory",
         meaning="long_memory for models on features: eight to a frame, no pictures",
-        num_classes=scenes.CUES,
+        classes=tuple(f"cue {i + 1}" for i in range(scenes.CUES)),
         clip_length=clip_length,
         content=partial(scenes.token_memory, clip_length=clip_length),
         entropy_bytes=scenes.memory_bytes(clip_length, scenes.TOKEN),
@@ -219,15 +229,20 @@ def _token_memory(*, clip_length: int = 32) -> Task:
     )
 
 
-def _subtle_motion(*, clip_length: int = 16, amplitude: float = 1.0) -> Task:
-    _in_range(clip_length=(clip_length, 2, 1024), amplitude=(amplitude, 0, scenes.REACH - 3))
+def _subtle_motion(*, clip_length: int = 16, amplitude: float = 1.0, pattern: Pattern = "texture") -> Task:
+    most = scenes.REACH - 3 if pattern == "texture" else 2 * scenes.SIZE
+    _in_range(clip_length=(clip_length, 2, 1024), amplitude=(amplitude, 0, most))
+    content, entropy_bytes = {
+        "texture": (scenes.subtle_motion, scenes.texture_bytes),
+        "disc": (scenes.subtle_disc, scenes.noise_bytes),
+    }[pattern]
     return Task(
         name="subtle_motion",
-        meaning="which way a texture under noise moves, by less than a pixel a frame",
-        num_classes=2,
+        meaning="which way a texture (or a disc) under noise moves, by so few pixels in all",
+        classes=_WAYS,
         clip_length=clip_length,
-        content=partial(scenes.subtle_motion, clip_length=clip_length, amplitude=amplitude),
-        entropy_bytes=scenes.texture_bytes(clip_length),
+        content=partial(content, clip_length=clip_length, amplitude=amplitude),
+        entropy_bytes=entropy_bytes(clip_length),
     )
 
 
@@ -236,9 +251,21 @@ def _shape_direction(*, clip_length: int = 16) -> Task:
     return Task(
         name="shape_direction",
         meaning="which of three shapes moves, and which way: appearance and motion are both needed",
-        num_classes=6,
+        classes=tuple(f"{shape} {way}" for shape in scenes.SHAPES[:3] for way in _WAYS),
         clip_length=clip_length,
         content=partial(scenes.shape_direction, clip_length=clip_length),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
+
+
+def _shape_binding(*, clip_length: int = 16) -> Task:
+    _in_range(clip_length=(clip_length, 2, 1024))
+    return Task(
+        name="shape_binding",
+        meaning="which of two shapes moves which way: both shapes and both motions are in every clip",
+        classes=("disc to the right, cross to the left", "disc to the left, cross to the right"),
+        clip_length=clip_length,
+        content=partial(scenes.shape_binding, clip_length=clip_length),
         entropy_bytes=scenes.noise_bytes(clip_length),
     )
 
@@ -258,6 +285,7 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "token_memory": _token_memory,
     "subtle_motion": _subtle_motion,
     "shape_direction": _shape_direction,
+    "shape_binding": _shape_binding,
 }
 
 TASKS: dict[str, Task] = {name: builder() for name, builder in _BUILDERS.items()}

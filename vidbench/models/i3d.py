@@ -85,9 +85,9 @@ class Mixed(nn.Module):
         super().__init__()
         b0, b1a, b1b, b2a, b2b, b3b = widths
         self.b0 = Unit3D(in_channels, b0)
-        self.b1a = Unit3D(in_channels, b1a)
+        self.b1a: nn.Module = Unit3D(in_channels, b1a)
         self.b1b = Unit3D(b1a, b1b, 3)
-        self.b2a = Unit3D(in_channels, b2a)
+        self.b2a: nn.Module = Unit3D(in_channels, b2a)
         self.b2b = Unit3D(b2a, b2b, 3)
         self.b3a = SameMaxPool3d((3, 3, 3), (1, 1, 1))
         self.b3b = Unit3D(in_channels, b3b)

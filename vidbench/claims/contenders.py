@@ -1,0 +1,182 @@
+"""Networks that the claims compare and that nobody has published by themselves."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidbench.data.flow import optical_flow
+from vidbench.models.i3d import I3D, Mixed, Unit3D, i3d_rgb
+from vidbench.models.two_stream import TwoStream
+
+Stream = Literal["spatial", "temporal", "both"]
+
+
+class FeatureRecurrent(nn.Module):
+    """One recurrent layer on features per frame, its last output classified.
+
+    Args:
+        cell: `nn.RNN` (tanh) or `nn.LSTM`.
+        num_classes: Classes told apart.
+        input_features: Features per frame.
+        hidden_size: Width of the state.
+        forget_bias: What is added to an LSTM's forget gate at the start; torch's initialisation has about 0.
+    """
+
+    def __init__(
+        self,
+        cell: type[nn.RNN] | type[nn.LSTM],
+        *,
+        num_classes: int,
+        input_features: int,
+        hidden_size: int = 64,
+        forget_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.rnn = cell(input_features, hidden_size, batch_first=True)
+        self.fc = nn.Linear(hidden_size, num_classes)
+        if forget_bias:
+            with torch.no_grad():  # gates lie in the order input, forget, cell, output
+                self.rnn.get_parameter("bias_ih_l0")[hidden_size : 2 * hidden_size] += forget_bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, T, input_features) → logits (N, num_classes)."""
+        outputs, _ = self.rnn(features)
+        logits: Tensor = self.fc(outputs[:, -1])
+        return logits
+
+    def step(self, frame: Tensor, state: object = None) -> tuple[Tensor, object]:
+        """One frame (N, input_features) of a stream → logits of the clip so far, and the state for the next step."""
+        outputs, after = self.rnn(frame.unsqueeze(1), state)
+        return self.fc(outputs[:, -1]), after
+
+
+def rnn(*, num_classes: int, input_features: int, hidden_size: int = 64) -> FeatureRecurrent:
+    """A vanilla RNN: Elman (1990)."""
+    return FeatureRecurrent(nn.RNN, num_classes=num_classes, input_features=input_features, hidden_size=hidden_size)
+
+
+def lstm(*, num_classes: int, input_features: int, hidden_size: int = 64) -> FeatureRecurrent:
+    """An LSTM as torch initialises it: Hochreiter & Schmidhuber (1997)."""
+    return FeatureRecurrent(nn.LSTM, num_classes=num_classes, input_features=input_features, hidden_size=hidden_size)
+
+
+def lstm_forget_bias(*, num_classes: int, input_features: int, hidden_size: int = 64) -> FeatureRecurrent:
+    """An LSTM that begins by remembering, with a forget bias of 5: Józefowicz et al. (2015), §3.2, have 1."""
+    return FeatureRecurrent(
+        nn.LSTM, num_classes=num_classes, input_features=input_features, hidden_size=hidden_size, forget_bias=5.0
+    )
+
+
+class ClipStreams(nn.Module):
+    """One or both of the two streams on RGB clips; the optical flow is computed from them (DIS).
+
+    Frames are doubled in size where they have fewer than 64 pixels, as CNN-M-2048 leaves a single position of 32.
+
+    Args:
+        stream: `spatial`, `temporal`, or `both`, their scores averaged.
+        num_classes: Classes told apart.
+        clip_length: T, at least 2; the temporal stream takes at most ten fields from the middle.
+        input_size: Pixels of a frame.
+        width_multiplier: Factor on the channel counts.
+        dropout: Of both streams; the paper's 0.9 in the temporal one is made for 4,096 features.
+
+    Source: Simonyan & Zisserman (2014), arXiv:1406.2199.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        num_classes: int,
+        clip_length: int,
+        input_size: int,
+        width_multiplier: float = 1.0,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if stream not in get_args(Stream):
+            raise ValueError(f"stream={stream!r} is neither spatial, temporal nor both")
+        self.stream = stream
+        self.scale = 2 if input_size < 64 else 1
+        both = TwoStream(
+            num_classes=num_classes,
+            clip_length=clip_length,
+            input_size=self.scale * input_size,
+            width_multiplier=width_multiplier,
+        )
+        both.spatial.dropout.p = both.temporal.dropout.p = dropout
+        self.streams = both
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """(N, 3, T, H, W), standardised as the tasks' clips are, → logits (N, num_classes)."""
+        shown = rgb
+        if self.scale > 1:
+            shown = F.interpolate(rgb, scale_factor=(1, self.scale, self.scale), mode="nearest")
+        middle, reach = rgb.shape[2] // 2, self.streams.flow_fields
+        start = min(max(middle - reach // 2, 0), rgb.shape[2] - reach - 1)
+        spatial: Tensor = self.streams.spatial(shown[:, :, middle])
+        if self.stream == "spatial":
+            return spatial
+        levels = shown[:, :, start : start + reach + 1].add(2).mul(63.75).round().clamp(0, 255).to("cpu", torch.uint8)
+        flow = optical_flow(levels.permute(0, 2, 3, 4, 1)).to(rgb.device)
+        # A few pixels are a twentieth of the range: brought to the scale of standardised frames.
+        temporal: Tensor = self.streams.temporal(flow.mul(10).transpose(1, 2).flatten(1, 2))
+        if self.stream == "temporal":
+            return temporal
+        return torch.logaddexp(spatial.log_softmax(dim=1), temporal.log_softmax(dim=1))
+
+
+def spatial_stream(
+    *, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0
+) -> ClipStreams:
+    """The spatial stream of two."""
+    return ClipStreams(
+        "spatial",
+        num_classes=num_classes,
+        clip_length=clip_length,
+        input_size=input_size,
+        width_multiplier=width_multiplier,
+    )
+
+
+def temporal_stream(
+    *, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0
+) -> ClipStreams:
+    """The temporal stream of two."""
+    return ClipStreams(
+        "temporal",
+        num_classes=num_classes,
+        clip_length=clip_length,
+        input_size=input_size,
+        width_multiplier=width_multiplier,
+    )
+
+
+def two_streams(*, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0) -> ClipStreams:
+    """Both streams, their scores averaged."""
+    return ClipStreams(
+        "both",
+        num_classes=num_classes,
+        clip_length=clip_length,
+        input_size=input_size,
+        width_multiplier=width_multiplier,
+    )
+
+
+def i3d_without_bottlenecks(*, num_classes: int = 400, width_multiplier: float = 1.0) -> I3D:
+    """I3D whose 3×3×3 convolutions take a block's whole input, as the naive Inception block's do.
+
+    Source: Szegedy et al. (2015), arXiv:1409.4842, figure 2(a).
+    """
+    model = i3d_rgb(num_classes=num_classes, width_multiplier=width_multiplier)
+    for block in list(model.modules()):
+        if isinstance(block, Mixed):
+            channels = block.b0.conv3d.in_channels
+            block.b1a, block.b2a = nn.Identity(), nn.Identity()
+            block.b1b = Unit3D(channels, block.b1b.conv3d.out_channels, 3)
+            block.b2b = Unit3D(channels, block.b2b.conv3d.out_channels, 3)
+    return model

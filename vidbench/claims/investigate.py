@@ -1,0 +1,365 @@
+"""Doing the experiments that claims ask for: side by side in processes of their own, each outcome kept at once."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vidbench.claims import Claim, Experiment, Finding, Outcome, Row, judge
+from vidbench.records import Environment
+from vidbench.sweep import Point, RequestError, Value
+
+SCHEMA_VERSION = 1
+HEADER = "claims.json"
+LINES = "experiments.jsonl"
+TIMING_S = 0.3
+"""Budget for sampling one timing."""
+
+TIMEOUT_S = 3600.0
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Header:
+    """What claims.json holds: what must agree for an investigation to be gone on with."""
+
+    schema_version: int
+    created_utc: str
+    size: str
+    device: str
+    command: str
+    environment: Environment
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    """One finished experiment."""
+
+    kind: str
+    given: dict[str, Any]
+    seed: int
+    rows: list[dict[str, Any]]
+    wall_s: float
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Told when an experiment begins (`outcome` is None) and ends."""
+
+    done: int
+    total: int
+    experiment: Experiment
+    seconds_left: float | None
+    """Estimated from what the experiments done so far have taken."""
+    outcome: Outcome | None = None
+
+
+def investigate(
+    claims: Sequence[Claim],
+    out: Path,
+    *,
+    size: str,
+    device: str = "cpu",
+    resume: bool = False,
+    jobs: int | None = None,
+    command: str = "",
+    progress: Callable[[Step], None] = lambda _: None,
+) -> tuple[Header, list[Finding], list[Outcome]]:
+    """Does the experiments that are not done yet, and judges the claims by all of them.
+
+    Every experiment runs in a process of its own, on one thread, so that its outcome does not depend on how many run
+    side by side; timings run first and alone. What failed is tried again when resumed.
+
+    Args:
+        claims: What to put to the test.
+        out: Folder that keeps the outcomes.
+        size: Name of the size that `claims` were made for.
+        device: cpu or cuda.
+        resume: Go on with what lies in `out`, or start there.
+        jobs: Experiments side by side; by default the cores, at most 8.
+        command: What reproduces this.
+        progress: Told of every experiment.
+
+    Raises:
+        RequestError: `out` is used already, is of another size, machine or revision, or cannot be written.
+    """
+    from vidbench.environment import describe
+
+    jobs = jobs or min(len(os.sched_getaffinity(0)), 8)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    header = Header(SCHEMA_VERSION, now, size, device, command, describe(device, ()))
+    header, outcomes = _open(out, header, resume)
+    asked = list({one.key: one for claim in claims for one in claim.experiments}.values())
+    kept = {outcome.experiment.key: outcome for outcome in outcomes}
+    missing = [one for one in asked if one.key not in kept or kept[one.key].failure]
+    count = len(asked) - len(missing)
+    clock = _Clock(missing, [outcome for outcome in outcomes if not outcome.failure], jobs)
+    with (out / LINES).open("ab") as file:
+
+        def keep(outcome: Outcome) -> None:
+            nonlocal count
+            _write(file, outcome)
+            kept[outcome.experiment.key] = outcome
+            count += 1
+            clock.finished(outcome)
+            progress(Step(count, len(asked), outcome.experiment, clock.left(), outcome))
+
+        def begin(experiment: Experiment) -> None:
+            progress(Step(count, len(asked), experiment, clock.left()))
+
+        _time([one for one in missing if one.kind == "timing"], header.environment, device, begin, keep)
+        _do([one for one in missing if one.kind != "timing"], device, jobs, begin, keep)
+    done = [kept[one.key] for one in asked if one.key in kept]
+    return header, [judge(claim, done) for claim in claims], done
+
+
+def load(out: Path) -> tuple[Header, list[Outcome]]:
+    """What an investigation has found so far.
+
+    Raises:
+        RequestError: There is none, or it is damaged; names file and line.
+    """
+    try:
+        header = msgspec.json.decode((out / HEADER).read_bytes(), type=Header)
+    except FileNotFoundError:
+        raise RequestError(f"{out} holds no {HEADER}: give the --out of `vidbench claims`") from None
+    except (msgspec.MsgspecError, OSError) as error:
+        raise RequestError(f"{out / HEADER} cannot be read: {error}") from None
+    if header.schema_version != SCHEMA_VERSION:
+        raise RequestError(f"{out / HEADER} has schema_version {header.schema_version}; wanted {SCHEMA_VERSION}")
+    path = out / LINES
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found: dict[str, Outcome] = {}
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break  # torn by a kill: that experiment is done again
+        try:
+            read = msgspec.json.decode(line, type=_Line)
+        except msgspec.MsgspecError as error:
+            raise RequestError(f"{path}, line {number}: {error}") from None
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in read.given.items()}
+        outcome = Outcome(Experiment(read.kind, given, read.seed), read.rows, read.wall_s, read.failure)
+        found[outcome.experiment.key] = outcome
+    return header, list(found.values())
+
+
+def _open(out: Path, header: Header, resume: bool) -> tuple[Header, list[Outcome]]:
+    """Begins an investigation or goes on with one, whose torn last line is cut off."""
+    if not (out / HEADER).exists():
+        if out.exists() and any(out.iterdir()):
+            raise RequestError(f"{out} is not empty and holds no {HEADER}: choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            new = out / f".{HEADER}.tmp"
+            new.write_bytes(msgspec.json.format(msgspec.json.encode(header), indent=1))
+            new.replace(out / HEADER)
+        except OSError as problem:
+            raise RequestError(f"cannot write to {out}: {problem.strerror}") from None
+        return header, []
+    if not resume:
+        raise RequestError(f"{out} holds an investigation already: go on with it by --resume, or choose another --out")
+    before, outcomes = load(out)
+    for what, then, now in (
+        ("size", before.size, header.size),
+        ("device", before.device, header.device),
+        ("machine or revision", before.environment.identity, header.environment.identity),
+    ):
+        if then != now:
+            raise RequestError(f"{out} is of another {what}: {then}, not {now}; choose another --out")
+    path = out / LINES
+    if path.exists():
+        whole = path.read_bytes()
+        os.truncate(path, whole.rfind(b"\n") + 1)
+    return before, outcomes
+
+
+def _write(file: Any, outcome: Outcome) -> None:
+    one = outcome.experiment
+    rows = [dict(row) for row in outcome.rows]
+    line = _Line(one.kind, dict(one.given), one.seed, rows, outcome.wall_s, outcome.failure)
+    file.write(msgspec.json.encode(line) + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+class _Clock:
+    """Says how long the rest takes, from what like experiments have taken."""
+
+    def __init__(self, missing: Sequence[Experiment], before: Sequence[Outcome], jobs: int) -> None:
+        self.missing = {one.key: one for one in missing}
+        self.jobs = jobs
+        self.taken: dict[tuple[str, str], list[float]] = {}
+        for outcome in before:
+            self._learn(outcome)
+
+    def _learn(self, outcome: Outcome) -> None:
+        self.taken.setdefault(_like(outcome.experiment), []).append(outcome.wall_s)
+
+    def finished(self, outcome: Outcome) -> None:
+        """One fewer to do."""
+        self.missing.pop(outcome.experiment.key, None)
+        self._learn(outcome)
+
+    def left(self) -> float | None:
+        """Seconds; None where nothing is known yet."""
+        known = [seconds for taken in self.taken.values() for seconds in taken]
+        if not known:
+            return None
+        total = 0.0
+        for one in self.missing.values():
+            like = self.taken.get(_like(one), known)
+            total += sum(like) / len(like) / (1 if one.kind == "timing" else self.jobs)
+        return total
+
+
+def _like(experiment: Experiment) -> tuple[str, str]:
+    return experiment.kind, str(experiment.given.get("model", experiment.given.get("workload", "")))
+
+
+def _time(
+    timings: Sequence[Experiment],
+    environment: Environment,
+    device: str,
+    begin: Callable[[Experiment], None],
+    keep: Callable[[Outcome], None],
+) -> None:
+    """Timings, each round in a fresh process, nothing beside them."""
+    if not timings:
+        return
+    from vidbench.engine.local import LocalEngine
+
+    with LocalEngine(timeout_s=TIMEOUT_S) as engine:
+        points = [_point(one, device) for one in timings]
+        kinds = {point.workload: point.kind for point in points}
+        described, _ = engine.describe(device, tuple(sorted({point.dtype for point in points})), kinds)
+        environment = replace(environment, flops_per_s=described.flops_per_s, bytes_per_s=described.bytes_per_s)
+        current = 0
+        for one, point in sorted(zip(timings, points, strict=True), key=lambda pair: pair[0].seed):
+            if one.seed != current:
+                engine.retire()  # a round is a fresh process
+                current = one.seed
+            begin(one)
+            started = time.perf_counter()
+            measured = engine.measure(point, one.seed, environment, seconds=TIMING_S, video=None)
+            wall_s = time.perf_counter() - started
+            if measured.status != "ok" or measured.median_s is None or measured.memory is None:
+                keep(Outcome(one, [], wall_s, f"{measured.status}: {measured.reason}"))
+                continue
+            row: dict[str, Value] = {
+                "latency_s": measured.median_s,
+                "peak_bytes": measured.memory.peak_bytes - measured.memory.live_before_bytes,
+            }
+            if measured.counts is not None and measured.counts.macs is not None:
+                row["macs"] = measured.counts.macs
+            if measured.params is not None:
+                row["params"] = measured.params
+            keep(Outcome(one, [row], wall_s))
+
+
+def _point(experiment: Experiment, device: str) -> Point:
+    given = dict(experiment.given)
+    workload, kind, implementation, mode = (
+        str(given.pop(name)) for name in ("workload", "workload_kind", "implementation", "mode")
+    )
+    return Point(workload, kind, implementation, mode=mode, device=device, case=given)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Running:
+    experiment: Experiment
+    process: BaseProcess
+    answers: Connection
+    started: float
+
+
+def _do(
+    experiments: Sequence[Experiment],
+    device: str,
+    jobs: int,
+    begin: Callable[[Experiment], None],
+    keep: Callable[[Outcome], None],
+) -> None:
+    """Experiments side by side; whatever becomes of a process, there is an outcome."""
+    if not experiments:
+        return
+    # Forked from a server that has imported what they need: no process pays for it, and none inherits a device.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["vidbench.claims.experiments"])
+    todo = list(reversed(experiments))
+    running: list[_Running] = []
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                one = todo.pop()
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(theirs, one, device), daemon=True)
+                begin(one)
+                process.start()
+                theirs.close()
+                running.append(_Running(one, process, ours, time.perf_counter()))
+            ready = wait([job.answers for job in running], timeout=1.0)
+            for job in list(running):
+                elapsed = time.perf_counter() - job.started
+                if job.answers in ready:
+                    keep(_answer(job, elapsed))
+                elif elapsed > TIMEOUT_S:
+                    job.process.kill()
+                    keep(Outcome(job.experiment, [], elapsed, f"timeout: no result within {TIMEOUT_S:g} s"))
+                else:
+                    continue
+                running.remove(job)
+    finally:
+        for job in running:
+            job.process.kill()
+            job.process.join(GRACE_S)
+
+
+def _answer(job: _Running, elapsed: float) -> Outcome:
+    """What a process sent, or how it ended."""
+    try:
+        rows, failure = job.answers.recv()
+    except (EOFError, OSError):
+        job.process.join(GRACE_S)
+        code = job.process.exitcode
+        ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        rows, failure = [], f"crashed: the process ended with {ended}"
+    job.answers.close()
+    job.process.join(GRACE_S)
+    return Outcome(job.experiment, rows, elapsed, failure)
+
+
+def _child(answers: Connection, experiment: Experiment, device: str) -> None:
+    """One experiment, in a process of its own."""
+    import torch
+
+    from vidbench.claims.experiments import perform
+    from vidbench.worker import end_with_parent
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process, in order
+    end_with_parent()
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):
+        import cv2
+
+        cv2.setNumThreads(0)
+    rows: list[Row] = []
+    failure = ""
+    try:
+        rows = perform(experiment, device)
+    except Exception as error:  # noqa: BLE001  whatever an experiment raises is its outcome
+        reason = str(error).strip().splitlines()
+        failure = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
+    with contextlib.suppress(BrokenPipeError):  # the parent was interrupted meanwhile
+        answers.send((rows, failure))
