@@ -259,7 +259,7 @@ class Brightest(nn.Module):
 def test_salience_counts_both_answers() -> None:
     """A model that always answers class 0 is right of the salient shape in one clip of four, at any share of frames."""
     given: dict[str, Any] = {
-        "model": "test_claims:Brightest", "strong": 256, "faint": 112, "steps": 1, "width_multiplier": 1.0,
+        "model": "test_claims:Brightest", "strong": 256, "faint": 160, "steps": 1, "width_multiplier": 1.0,
         "learning_rate": 0.0, "batch_size": 20,
     }  # fmt: skip
     for row in rows_of("salience", **given):

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vidbench import models, training
 from vidbench.data.tasks import TASKS, create
+from vidbench.metrics import interval
 from vidbench.sweep import RequestError
 from vidbench.training import Checkpoint, Recipe, Score, evaluate, train
-from vidbench.trials import RECIPES, TaskData, altered, interval, recipe_for, trial
+from vidbench.trials import RECIPES, TaskData, altered, recipe_for, trial
 
 TASK = TASKS["frame_order"]
 PLAIN = Recipe(width_multiplier=1.0, learning_rate=0.1, steps=150)

@@ -134,8 +134,8 @@ def _train_on_all(
     return model, data, recipe
 
 
-AMPLITUDES = {"texture": (0.0625, 0.125, 0.25, 0.5, 1.0), "disc": (3.0, 6.0, 12.0, 24.0, 48.0)}
-"""Pixels from a clip's first frame to its last, by what moves: about where models begin to see it."""
+AMPLITUDES = {"texture": (0.0625, 0.125, 0.25, 0.5, 8.0), "disc": (0.75, 1.5, 3.0, 6.0, 48.0)}
+"""Pixels from a clip's first frame to its last, by what moves: an easy one, and others where models begin to see it."""
 
 
 def _amplitude(given: Given, seed: int, device: str) -> list[Row]:

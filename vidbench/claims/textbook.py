@@ -183,7 +183,7 @@ def _pooling_salient(size: Size) -> Claim:
         protocol="A clip shows one shape strongly in four of its sixteen frames and another one faintly in the other "
         "twelve. Salient frames are favoured where the four outvote the twelve. Both kinds of clip were trained on, "
         "each by itself, and the faint shape by itself must be recognised.",
-        experiments=_experiments("salience", size, pools, 250, strong=256, faint=112),
+        experiments=_experiments("salience", size, pools, 250, strong=256, faint=160),
         predictions=tuple(
             Prediction(
                 f"{words} pooling answers the four salient frames of sixteen more often than not",
@@ -634,8 +634,9 @@ def _rigid_kernels(size: Size) -> Claim:
         name="rigid_kernels_miss_subtle_motion",
         says="The rigid 3×3×3 kernel of 3D networks misses subtle motion.",
         source="lecture notes on video classification",
-        protocol="Which way a texture moves, by a sixteenth of a pixel to one in all: the amplitude at which accuracy "
-        "passes 75 %, of C3D, whose kernels see three frames, and of early fusion, whose first kernel sees them all.",
+        protocol="Which way a texture moves, by a sixteenth of a pixel to eight in all: the amplitude at which "
+        "accuracy passes 75 %, of C3D, whose kernels see three frames, and of early fusion, whose first sees them "
+        "all. The first half of the training shows the largest alone.",
         experiments=_experiments("amplitude", size, names, _AMPLITUDE_STEPS, pattern="texture"),
         predictions=(
             Prediction(
@@ -645,7 +646,7 @@ def _rigid_kernels(size: Size) -> Claim:
         plot=Plot(
             "amplitude", "top1", "model", "motion in all, pixels", "top-1 accuracy", log_x=True, percent=True, level=0.5
         ),
-        controls=(_above("early fusion tells the largest motion in 85 %", 0.85, model="early_fusion", amplitude=1.0),),
+        controls=(_above("early fusion tells the largest motion in 85 %", 0.85, model="early_fusion", amplitude=8.0),),
     )
 
 
@@ -655,8 +656,9 @@ def _lstm_misses_subtle(size: Size) -> Claim:
         name="lstm_misses_subtle_change",
         says="An LSTM keeps strong temporal change and misses subtle change, which a TCN sees.",
         source="lecture notes on video classification",
-        protocol="Which way a disc moves, by three pixels to 48 in all: the amplitude at which accuracy passes 75 %, "
-        "of an LSTM and of a TCN over the same 2D CNN. The first half of the training shows the largest alone.",
+        protocol="Which way a disc moves, by three quarters of a pixel to 48 in all: the amplitude at which accuracy "
+        "passes 75 %, of an LSTM and of a TCN over the same 2D CNN. The first half of the training shows the largest "
+        "alone.",
         experiments=_experiments("amplitude", size, names, _AMPLITUDE_STEPS, pattern="disc"),
         predictions=(
             Prediction("an LSTM needs larger motions than a TCN", "doublings of the amplitude", 0.25, _finer(*names)),
