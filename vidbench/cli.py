@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vidbench
-from vidbench import cli_claims, cli_training
+from vidbench import cli_claims, cli_compare, cli_training
 from vidbench.progress import Bar
 from vidbench.sweep import AXES, RequestError, Value, parse_axes
 
@@ -238,6 +238,8 @@ app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.pick)
 app.command()(cli_claims.claims)
+app.command()(cli_compare.compare)
+app.add_typer(cli_compare.baseline, name="baseline")
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ import typer
 
 from vidbench.cli_training import As, Device, Output
 from vidbench.progress import Bar
-from vidbench.sweep import text_of, unknown
+from vidbench.sweep import RequestError, text_of, unknown
 
 if TYPE_CHECKING:
     from vidbench.claims import Finding, Judged
@@ -37,34 +38,43 @@ def claims(
         SizeName, typer.Option(help="small: three seeds, an hour on two cores; full: five seeds, longer, for a GPU.")
     ] = SizeName.small,
     device: Device = "cpu",
-    jobs: Annotated[int | None, typer.Option(min=1, help="Experiments side by side; default: the cores.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Experiments side by side; default: the cores, at most 8.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the outcomes; default: runs/<utc>-claims.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Do only what the folder given by --out lacks.")] = False,
     output: As = Output.text,
 ) -> None:
     """Put what the textbooks say to the test: supported, refuted or undecided, with effects and intervals."""
-    from vidbench.claims import page
+    from vidbench.claims import judge, page
     from vidbench.claims.investigate import investigate
     from vidbench.claims.textbook import claims as all_claims
 
+    if resume and out is None:
+        raise RequestError("--resume needs --out DIR: the folder to go on with")
     known = {claim.name: claim for claim in all_claims(size.value)}
     for name in names or ():
         if name not in known:
             raise unknown("claim", name, known)
     chosen = [known[name] for name in dict.fromkeys(names or known)]
     folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-claims"
+    command = shlex.join(["vidbench", *sys.argv[1:]])
     bar = Bar(sys.stderr)
     try:
         header, findings, outcomes = investigate(
             chosen, folder, size=size.value, device=device, resume=resume, jobs=jobs,
-            command=shlex.join(["vidbench", *sys.argv[1:]]), progress=lambda step: _tell(bar, step),
+            command=command, progress=lambda step: _tell(bar, step),
         )  # fmt: skip
     except KeyboardInterrupt:
         typer.echo(f"vidbench: interrupted; what was found is kept: add --resume --out {folder} to go on", err=True)
         raise typer.Exit(130) from None
     finally:
         bar.close()
-    written = page.write(header, findings, outcomes, folder)
+    done = {outcome.experiment.key for outcome in outcomes}
+    others = [c for c in known.values() if c not in chosen and any(one.key in done for one in c.experiments)]
+    shown = {finding.claim.name: finding for finding in (*findings, *(judge(claim, outcomes) for claim in others))}
+    header = replace(header, command=command)
+    written = page.write(header, [shown[name] for name in known if name in shown], outcomes, folder)
     if output is Output.json:
         typer.echo(json.dumps([_as_json(finding) for finding in findings], indent=2))
         return
@@ -87,7 +97,18 @@ def _tell(bar: Bar, step: Step) -> None:
     bar.say(f"[{step.done}/{step.total}] {what}: {said}{left}", notable=bool(step.outcome.failure))
 
 
-SHOWN = ("model", "task", "source", "examples", "workload", "mode", "clip_length", "levels", "kernel_size")
+SHOWN = (
+    "model",
+    "task",
+    "source",
+    "pattern",
+    "examples",
+    "mode",
+    "clip_length",
+    "levels",
+    "kernel_size",
+    "learning_rate",
+)
 """What of an experiment tells it from its like."""
 
 

@@ -13,6 +13,8 @@ import ctypes
 import faulthandler
 import gc
 import importlib
+import importlib.abc
+import importlib.util
 import os
 import signal
 import socket
@@ -21,6 +23,7 @@ import time
 import traceback
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -29,6 +32,8 @@ from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
 
 LENGTH_BYTES = 4
+SOURCE = "VIDBENCH_SOURCE"
+"""Environment variable: a checkout whose kernels and models are measured, instead of those installed."""
 
 
 class Describe(msgspec.Struct, tag=True, frozen=True):
@@ -107,6 +112,27 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+class _ModelsOf(importlib.abc.MetaPathFinder):
+    """Finds `vidbench.models` in another checkout; what is in it follows."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.place = checkout / "vidbench" / "models"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """The spec of the package; None of any other."""
+        if fullname != "vidbench.models":
+            return None
+        return importlib.util.spec_from_file_location(
+            fullname, self.place / "__init__.py", submodule_search_locations=[str(self.place)]
+        )
+
+
+def take_source(checkout: Path) -> None:
+    """From here on vidkernels and `vidbench.models` are those of a checkout; everything else is this harness's."""
+    sys.path.insert(0, str(checkout / "kernels"))
+    sys.meta_path.insert(0, _ModelsOf(checkout))
 
 
 def serve(control: socket.socket) -> None:
@@ -242,4 +268,6 @@ def _context_is_broken() -> bool:
 
 
 if __name__ == "__main__":
+    if SOURCE in os.environ:
+        take_source(Path(os.environ[SOURCE]))
     serve(socket.socket(fileno=int(sys.argv[1])))

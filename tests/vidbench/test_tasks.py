@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidbench.data.scenes import CUES, EVENT_LENGTH
+from vidbench.data.scenes import CUES, EVENT_LENGTH, TWINS
 from vidbench.data.tasks import CONDITIONS, TASKS, Condition, create, knobs
 from vidbench.sweep import RequestError
 
@@ -158,7 +158,8 @@ def contents_of(text: str, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         "long_memory",
         "token_memory",
         "subtle_motion",
-        "shape_binding",
+        "colour_binding",
+        "motion_order:delay=2",
         "subtle_motion:pattern=disc",
     ],
 )
@@ -173,7 +174,9 @@ def test_only_order_tells_the_classes_apart(text: str) -> None:
         assert len({clip.numpy().tobytes() for clip in content}) == task.num_classes
 
 
-@pytest.mark.parametrize("text", ["time_direction", "random_dots", "subtle_motion", "shape_direction", "shape_binding"])
+@pytest.mark.parametrize(
+    "text", ["time_direction", "random_dots", "subtle_motion", "shape_direction", "colour_binding"]
+)
 def test_every_second_class_is_the_one_before_it_backwards(text: str) -> None:
     clips, _ = contents_of(text, 4)
     assert torch.equal(clips[1::2], clips[::2].flip(2))
@@ -201,24 +204,37 @@ def test_what_moves_forwards_moves_to_the_right(domain: str, speed: int) -> None
     assert (right > 0).double().mean() > 0.9
 
 
-def test_a_disc_and_a_cross_go_opposite_ways() -> None:
-    """Found by the mass of what is coloured: the disc is the larger one, and both keep their colours."""
-    clips, labels = contents_of("shape_binding", 40)
-    ways = []
-    for clip, label in zip(clips, labels.tolist(), strict=True):
-        chroma = clip - clip.mean(dim=0, keepdim=True)  # [3, T, H, W]: grey noise has little
-        kinds = [(224, 64, 64), (64, 224, 64), (64, 64, 224), (224, 224, 64)]
-        tints = torch.nn.functional.normalize(torch.tensor(kinds) - torch.tensor(kinds).float().mean(1, keepdim=True))
-        likeness = torch.einsum("ck,kthw->cthw", tints, chroma)
-        mass = likeness.clamp(min=0.8).sub(0.8)
-        shown = mass.sum(dim=(1, 2, 3)).argsort(descending=True)[:2]
-        phase = torch.fft.rfft(mass[shown].sum(dim=2).double(), dim=-1)[..., 1]  # [2, T]
-        turned = torch.angle((phase[:, 1:] * phase[:, :-1].conj()).sum(dim=1)) * -32 / (2 * torch.pi)
-        if mass[shown[1]].sum() > 0.2 * mass[shown[0]].sum():  # two colours, and so two shapes, can be told
-            ways.append((bool(turned[0] > 0), bool(turned[1] > 0), label))
-    assert len(ways) > 30
-    assert sum(first != second for first, second, _ in ways) > 0.9 * len(ways)
-    assert sum(first == (label == 0) for first, _, label in ways) > 0.9 * len(ways)  # the larger one is the disc
+def _moved(weight: Tensor) -> Tensor:
+    """By how much the mass of (N, T, H, W) moves to the right from frame to frame: by its phase along W, (N, T - 1)."""
+    phase = torch.fft.rfft(weight.double().sum(dim=2), dim=-1)[..., 1]
+    return torch.angle(phase[:, 1:] * phase[:, :-1].conj()) * -32 / (2 * torch.pi)
+
+
+def test_red_and_blue_go_opposite_ways_and_grey_does_not_tell_them() -> None:
+    clips, labels = contents_of("colour_binding", 60)
+    red = (clips[:, 0] - clips[:, 2] - 0.8).clamp(min=0)
+    blue = (clips[:, 2] - clips[:, 0] - 0.8).clamp(min=0)
+    forwards = torch.where(labels == 0, 1.0, -1.0)
+    for weight, way in ((red, 1), (blue, -1)):
+        moved = _moved(weight).median(dim=1).values * forwards * way
+        assert (moved > 0).double().mean() > 0.9
+        assert moved.median() == pytest.approx(1.5, abs=0.4)
+    luma = torch.tensor([0.299, 0.587, 0.114])  # of ITU-R BT.601, as OpenCV's grey
+    assert abs(float((torch.from_numpy(TWINS).float() * luma).sum(dim=1).diff())) < 0.5
+
+
+@pytest.mark.parametrize("text", ["motion_order", "motion_order:clip_length=40:delay=16"])
+def test_the_class_is_the_order_of_the_movements(text: str) -> None:
+    clips, labels = contents_of(text, 60)
+    chroma = (clips.amax(dim=1) - clips.amin(dim=1) - 1.6).clamp(min=0)  # noise has little
+    shown = chroma.sum(dim=(2, 3)) > 20  # [N, T]
+    moved = _moved(chroma)
+    both = shown[:, 1:] & shown[:, :-1]
+    right = both & (moved > 0.5) & (moved < 4)
+    left = both & (moved < -0.5) & (moved > -4)
+    time = torch.arange(moved.shape[1])
+    sooner = (right * time).sum(1) / right.sum(1) < (left * time).sum(1) / left.sum(1)
+    assert (sooner == (labels == 0)).double().mean() > 0.9
 
 
 def _best_shift(clips: Tensor) -> Tensor:

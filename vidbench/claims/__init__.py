@@ -6,6 +6,7 @@ matter. Seeds (of a timing: fresh processes) give an effect its interval, and th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -52,14 +53,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Prediction:
-    """An effect that is more than a margin."""
+    """An effect that is more, or less, than a margin."""
 
     says: str
     unit: str
     margin: float
-    """The least effect that would matter: SUPPORTED is an interval above it, REFUTED one below it."""
+    """What tells an effect that matters from one that does not."""
     effect: Callable[[pd.DataFrame], Sequence[float]]
-    """From a frame of outcomes to the effect of every seed."""
+    """From a frame of outcomes to the effect of every seed; NaN where a seed does not tell."""
+    less: bool = False
+    """Whether the effect is to be less than the margin, rather than more."""
     exact: bool = False
     """Whether it is counted rather than measured, and so has no interval."""
 
@@ -106,7 +109,7 @@ class Judged:
 
     prediction: Prediction
     interval: Interval | None
-    """None where nothing was measured."""
+    """None where nothing was measured, or a seed does not tell."""
     verdict: Verdict
     reason: str = ""
 
@@ -135,8 +138,30 @@ def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     )
 
 
+RATE = "learning_rate"
+
+
+def at_best_rate(outcomes: pd.DataFrame, value: str, *by: str) -> pd.DataFrame:
+    """Of every group, the rows at the learning rate whose mean value over seeds is the best.
+
+    Where both sides of a comparison are trained at several rates, each is taken at its best.
+
+    Args:
+        outcomes: Rows of a frame.
+        value: A loss, of which less is better, or anything else, of which more is.
+        by: Columns of a group.
+    """
+    if RATE not in outcomes or outcomes[RATE].nunique() < 2:
+        return outcomes
+    sign = -1 if value == "loss" else 1
+    means = (sign * outcomes[value]).groupby([outcomes[name] for name in (*by, RATE)], dropna=False).mean()
+    best = means.groupby(level=list(range(len(by))), dropna=False).transform("max") if by else means.max()
+    chosen = means[means == best].reset_index()[[*by, RATE]].drop_duplicates(list(by) or None)
+    return outcomes.merge(chosen, on=[*by, RATE])
+
+
 def per_seed(outcomes: pd.DataFrame, value: str, **where: Value) -> pd.Series:
-    """The mean of a value over the outcomes with some values, by seed; empty where there is none."""
+    """The mean of a value over the outcomes with some values, by seed, at the best learning rate; empty without any."""
     import pandas as pd
 
     if value not in outcomes or any(name not in outcomes for name in where):
@@ -144,7 +169,7 @@ def per_seed(outcomes: pd.DataFrame, value: str, **where: Value) -> pd.Series:
     chosen = outcomes
     for name, wanted in where.items():
         chosen = chosen[chosen[name] == wanted]
-    means: pd.Series = chosen.groupby("seed")[value].mean().dropna()
+    means: pd.Series = at_best_rate(chosen.dropna(subset=[value]), value).groupby("seed")[value].mean()
     return means
 
 
@@ -161,35 +186,51 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> Finding:
     controls = tuple(_judged(control, table) for control in claim.controls)
     failed = [outcome for outcome in mine if outcome.failure]
     broken = [control for control in controls if control.verdict != "SUPPORTED"]
+
+    def found(verdict: Verdict, reason: str = "") -> Finding:
+        return Finding(claim, verdict, reason, predictions, controls)
+
     if missing := len(keys) - len(mine):
-        return Finding(claim, "UNDECIDED", f"{missing} of {len(keys)} experiments were not done", predictions, controls)
+        return found("UNDECIDED", f"{missing} of {len(keys)} experiments were not done")
     if failed:
-        reason = f"{len(failed)} of {len(keys)} experiments failed, the first with {failed[0].failure}"
-        return Finding(claim, "UNDECIDED", reason, predictions, controls)
+        return found(
+            "UNDECIDED", f"{len(failed)} of {len(keys)} experiments failed, the first with {failed[0].failure}"
+        )
     if broken:
-        reason = f"a control does not hold: {broken[0].prediction.says}"
-        return Finding(claim, "UNDECIDED", reason, predictions, controls)
-    verdicts = {judged.verdict for judged in predictions}
-    if verdicts == {"SUPPORTED"}:
-        return Finding(claim, "SUPPORTED", "", predictions, controls)
-    if "REFUTED" in verdicts:
-        reason = next(judged.prediction.says for judged in predictions if judged.verdict == "REFUTED")
-        return Finding(claim, "REFUTED", f"not so: {reason}", predictions, controls)
-    reason = next(judged.reason for judged in predictions if judged.verdict == "UNDECIDED")
-    return Finding(claim, "UNDECIDED", reason, predictions, controls)
+        return found("UNDECIDED", f"a control does not hold: {broken[0].prediction.says}")
+    for verdict in ("REFUTED", "UNDECIDED"):
+        if judged := next((one for one in predictions if one.verdict == verdict), None):
+            return found(verdict, judged.reason)
+    return found("SUPPORTED")
+
+
+def said(found: Interval, prediction: Prediction) -> str:
+    """An effect in words: 12.3 (10.1 to 14.5) points."""
+    if prediction.exact:
+        return f"{found.mean:.4g} {prediction.unit}".rstrip()
+    return f"{found.mean:.3g} ({found.low:.3g} to {found.high:.3g}) {prediction.unit}".rstrip()
 
 
 def _judged(prediction: Prediction, table: pd.DataFrame) -> Judged:
     values = [float(value) for value in prediction.effect(table)] if len(table) else []
     if not values:
-        return Judged(prediction, None, "UNDECIDED", "not measured")
+        return Judged(prediction, None, "UNDECIDED", f"{prediction.says}: not measured")
+    if silent := sum(map(math.isnan, values)):
+        return Judged(prediction, None, "UNDECIDED", f"{prediction.says}: {silent} of {len(values)} seeds do not tell")
     if prediction.exact:
         mean = sum(values) / len(values)
-        return Judged(prediction, Interval(mean, mean, mean), "SUPPORTED" if mean > prediction.margin else "REFUTED")
-    found = interval(values)
-    if found.low > prediction.margin:
+        found = Interval(mean, mean, mean)
+    else:
+        found = interval(values)
+    if math.isnan(found.low):
+        return Judged(prediction, found, "UNDECIDED", f"{prediction.says}: a single seed has no interval")
+    above, below = found.low > prediction.margin, found.high < prediction.margin
+    if prediction.less:
+        above, below = below, above
+    if above:
         return Judged(prediction, found, "SUPPORTED")
-    if found.high < prediction.margin:
-        return Judged(prediction, found, "REFUTED")
-    why = "a single seed has no interval" if len(values) == 1 else f"the interval includes {prediction.margin:g}"
-    return Judged(prediction, found, "UNDECIDED", f"{prediction.says}: {why} {prediction.unit}".rstrip())
+    sides = "less" if prediction.less else "more"
+    wanted = f"wanted {sides} than {prediction.margin:g}"
+    if below or prediction.exact:
+        return Judged(prediction, found, "REFUTED", f"{prediction.says}: {said(found, prediction)}, {wanted}")
+    return Judged(prediction, found, "UNDECIDED", f"{prediction.says}: {said(found, prediction)}, {wanted}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidbench.data.flow import optical_flow
+from vidbench.models.c3d import C3D
 from vidbench.models.i3d import I3D, Mixed, Unit3D, i3d_rgb
 from vidbench.models.two_stream import TwoStream
 
@@ -65,7 +68,7 @@ def lstm(*, num_classes: int, input_features: int, hidden_size: int = 64) -> Fea
 
 
 def lstm_forget_bias(*, num_classes: int, input_features: int, hidden_size: int = 64) -> FeatureRecurrent:
-    """An LSTM that begins by remembering, with a forget bias of 5: Józefowicz et al. (2015), §3.2, have 1."""
+    """An LSTM that begins by remembering, with a forget bias of 5: Józefowicz et al. (2015) have 1."""
     return FeatureRecurrent(
         nn.LSTM, num_classes=num_classes, input_features=input_features, hidden_size=hidden_size, forget_bias=5.0
     )
@@ -74,17 +77,18 @@ def lstm_forget_bias(*, num_classes: int, input_features: int, hidden_size: int 
 class ClipStreams(nn.Module):
     """One or both of the two streams on RGB clips; the optical flow is computed from them (DIS).
 
-    Frames are doubled in size where they have fewer than 64 pixels, as CNN-M-2048 leaves a single position of 32.
+    The temporal stream sees ten flow fields at a time, from every fifth frame on, and its scores are averaged, as those
+    of the frames that a video is sampled at are. Frames are doubled in size where they have fewer than 64 pixels, as
+    CNN-M-2048 leaves a single position of 32.
 
     Args:
         stream: `spatial`, `temporal`, or `both`, their scores averaged.
         num_classes: Classes told apart.
-        clip_length: T, at least 2; the temporal stream takes at most ten fields from the middle.
+        clip_length: T, at least 2.
         input_size: Pixels of a frame.
         width_multiplier: Factor on the channel counts.
-        dropout: Of both streams; the paper's 0.9 in the temporal one is made for 4,096 features.
 
-    Source: Simonyan & Zisserman (2014), arXiv:1406.2199.
+    Source: Simonyan & Zisserman (2014), arXiv:1406.2199, §3 and 5.
     """
 
     def __init__(
@@ -95,12 +99,10 @@ class ClipStreams(nn.Module):
         clip_length: int,
         input_size: int,
         width_multiplier: float = 1.0,
-        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         if stream not in get_args(Stream):
             raise ValueError(f"stream={stream!r} is neither spatial, temporal nor both")
-        self.stream = stream
         self.scale = 2 if input_size < 64 else 1
         both = TwoStream(
             num_classes=num_classes,
@@ -108,63 +110,47 @@ class ClipStreams(nn.Module):
             input_size=self.scale * input_size,
             width_multiplier=width_multiplier,
         )
-        both.spatial.dropout.p = both.temporal.dropout.p = dropout
-        self.streams = both
+        self.fields = both.flow_fields
+        # A tenth of the features dropped: the paper's nine tenths in the temporal stream are made for 4,096.
+        both.spatial.dropout.p = both.temporal.dropout.p = 0.1
+        self.spatial = None if stream == "temporal" else both.spatial
+        self.temporal = None if stream == "spatial" else both.temporal
 
     def forward(self, rgb: Tensor) -> Tensor:
         """(N, 3, T, H, W), standardised as the tasks' clips are, → logits (N, num_classes)."""
         shown = rgb
         if self.scale > 1:
             shown = F.interpolate(rgb, scale_factor=(1, self.scale, self.scale), mode="nearest")
-        middle, reach = rgb.shape[2] // 2, self.streams.flow_fields
-        start = min(max(middle - reach // 2, 0), rgb.shape[2] - reach - 1)
-        spatial: Tensor = self.streams.spatial(shown[:, :, middle])
-        if self.stream == "spatial":
-            return spatial
-        levels = shown[:, :, start : start + reach + 1].add(2).mul(63.75).round().clamp(0, 255).to("cpu", torch.uint8)
-        flow = optical_flow(levels.permute(0, 2, 3, 4, 1)).to(rgb.device)
-        # A few pixels are a twentieth of the range: brought to the scale of standardised frames.
-        temporal: Tensor = self.streams.temporal(flow.mul(10).transpose(1, 2).flatten(1, 2))
-        if self.stream == "temporal":
-            return temporal
-        return torch.logaddexp(spatial.log_softmax(dim=1), temporal.log_softmax(dim=1))
+        seen: list[Tensor] = [] if self.spatial is None else [self.spatial(shown[:, :, rgb.shape[2] // 2])]
+        if self.temporal is not None:
+            levels = shown.add(2).mul(63.75).round().clamp(0, 255).to("cpu", torch.uint8)
+            # Of the range of 20 pixels a motion takes a twentieth or two: to the scale of standardised frames.
+            flow = optical_flow(levels.permute(0, 2, 3, 4, 1)).to(rgb.device).mul(10)
+            starts = range(0, flow.shape[2] - self.fields + 1, FIELDS_APART)
+            stacks = [flow[:, :, at : at + self.fields].transpose(1, 2).flatten(1, 2) for at in starts]
+            seen.append(self.temporal(torch.cat(stacks)).unflatten(0, (len(starts), -1)).mean(dim=0))
+        if len(seen) == 1:
+            (logits,) = seen
+            return logits
+        return torch.logaddexp(*(logits.log_softmax(dim=1) for logits in seen)) - math.log(2)
 
 
-def spatial_stream(
-    *, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0
-) -> ClipStreams:
-    """The spatial stream of two."""
-    return ClipStreams(
-        "spatial",
-        num_classes=num_classes,
-        clip_length=clip_length,
-        input_size=input_size,
-        width_multiplier=width_multiplier,
+FIELDS_APART = 5
+
+spatial_stream = partial(ClipStreams, "spatial")
+temporal_stream = partial(ClipStreams, "temporal")
+two_streams = partial(ClipStreams, "both")
+
+
+def c3d_long_first_kernel(*, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0) -> C3D:
+    """C3D whose first kernel extends over eleven frames instead of three."""
+    model = C3D(
+        num_classes=num_classes, clip_length=clip_length, input_size=input_size, width_multiplier=width_multiplier
     )
-
-
-def temporal_stream(
-    *, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0
-) -> ClipStreams:
-    """The temporal stream of two."""
-    return ClipStreams(
-        "temporal",
-        num_classes=num_classes,
-        clip_length=clip_length,
-        input_size=input_size,
-        width_multiplier=width_multiplier,
-    )
-
-
-def two_streams(*, num_classes: int, clip_length: int, input_size: int, width_multiplier: float = 1.0) -> ClipStreams:
-    """Both streams, their scores averaged."""
-    return ClipStreams(
-        "both",
-        num_classes=num_classes,
-        clip_length=clip_length,
-        input_size=input_size,
-        width_multiplier=width_multiplier,
-    )
+    model.conv1 = nn.Conv3d(3, model.conv1.out_channels, (11, 3, 3), padding=(5, 1, 1))
+    nn.init.kaiming_normal_(model.conv1.weight, nonlinearity="relu")
+    nn.init.zeros_(model.conv1.get_parameter("bias"))
+    return model
 
 
 def i3d_without_bottlenecks(*, num_classes: int = 400, width_multiplier: float = 1.0) -> I3D:

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from vidbench import models
+from vidbench import counting, models
 from vidbench.claims import Experiment, Row
-from vidbench.data.tasks import create
+from vidbench.data.tasks import CONDITIONS, create
+from vidbench.memory import measure_memory
 from vidbench.sweep import RequestError, Value, unknown
+from vidbench.timing import Budget, Timer, sample, warm_up
 from vidbench.training import Recipe, evaluate, seeded, train
 from vidbench.trials import TaskData, model_for, trial
 
@@ -30,9 +33,14 @@ TEST_EXAMPLES = 300
 LABELS = ("length", "count", "field")
 """What is given for the figures alone."""
 
+ALONE = ("scaling", "cost")
+"""Kinds that are timed: on all cores, with nothing beside them."""
+
+TIMING = Budget(seconds=0.3)
+
 
 def perform(experiment: Experiment, device: str) -> list[Row]:
-    """The rows of an experiment; of a timing, the engine's `measure` makes them.
+    """The rows of an experiment.
 
     Raises:
         RequestError: No such kind, or what is given does not fit it.
@@ -78,10 +86,14 @@ def _trial(given: Given, seed: int, device: str) -> list[Row]:
             "top1": accuracy.top1,
             **accuracy.conditions,
             "loss": math.fsum(losses) / len(losses),
-            "params": sum(parameter.numel() for parameter in done.model.parameters()),
+            "params": _params(done.model),
             "train_s": accuracy.train_s,
         }
     ]
+
+
+def _params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _transfer(given: Given, seed: int, device: str) -> list[Row]:
@@ -89,17 +101,14 @@ def _transfer(given: Given, seed: int, device: str) -> list[Row]:
     name, few = str(given["model"]), _whole(given["examples"])
     before = TaskData(create(str(given["source"])), test_examples=TEST_EXAMPLES)
     after = TaskData(create(str(given["target"])), limit=few, test_examples=TEST_EXAMPLES)
-    tuned = _recipe(given, steps=_whole(given["tuning_steps"]))
+    tuned = _recipe(given, steps=given["tuning_steps"])
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "source.pt"
         learnt = trial(name, before, seed=seed, recipe=_recipe(given), device=device, checkpoint=weights).accuracy
         pretrained = trial(name, after, seed=seed, recipe=tuned, device=device, weights=weights).accuracy
     scratch = trial(name, after, seed=seed, recipe=tuned, device=device).accuracy
-    return [
-        {"begun": "source", "top1": learnt.top1},
-        {"begun": "pre-trained", "top1": pretrained.top1},
-        {"begun": "scratch", "top1": scratch.top1},
-    ]
+    outcomes = {"source": learnt, "pre-trained": pretrained, "scratch": scratch}
+    return [{"begun": begun, "top1": found.top1, **found.conditions} for begun, found in outcomes.items()]
 
 
 @dataclass(frozen=True)
@@ -134,23 +143,30 @@ def _train_on_all(
     return model, data, recipe
 
 
-AMPLITUDES = {"texture": (0.0625, 0.125, 0.25, 0.5, 8.0), "disc": (0.75, 1.5, 3.0, 6.0, 48.0)}
-"""Pixels from a clip's first frame to its last, by what moves: an easy one, and others where models begin to see it."""
+AMPLITUDES = {
+    "texture": (0.0625, 0.125, 0.25, 0.5, 1.0, 8.0),
+    "disc": (0.75, 1.5, 3.0, 6.0, 12.0, 48.0),
+}
+"""Pixels from a clip's first frame to its last, by what moves: octaves where models begin to see it, and one beyond."""
 
 
 def _amplitude(given: Given, seed: int, device: str) -> list[Row]:
     """The method of constant stimuli: trained on all `AMPLITUDES` of the motion of a `pattern`, tested on each.
 
-    The first half of the training is on the largest alone.
+    The first half of the training is on the largest alone. That one is tested under altered frames, too.
     """
     pattern = str(given["pattern"])
     amplitudes = AMPLITUDES[pattern]
     names = [f"subtle_motion:amplitude={amplitude:g}:pattern={pattern}" for amplitude in amplitudes]
     model, data, recipe = _train_on_all(given, names, seed, device, alone=0.5)
-    return [
-        {"amplitude": amplitude, "top1": evaluate(model, one.testing(recipe.batch_size, seed, "normal")).top1}
-        for amplitude, one in zip(amplitudes, data, strict=True)
-    ]
+    rows: list[Row] = []
+    for amplitude, one in zip(amplitudes, data, strict=True):
+        asked = CONDITIONS if amplitude == amplitudes[-1] else CONDITIONS[:1]
+        found: dict[str, float] = {
+            how: evaluate(model, one.testing(recipe.batch_size, seed, how)).top1 for how in asked
+        }
+        rows.append({"amplitude": amplitude, "top1": found.pop("normal"), **found})
+    return rows
 
 
 SALIENT_FRAMES = (0, 2, 4, 8, 12, 16)
@@ -164,14 +180,21 @@ def _salience(given: Given, seed: int, device: str) -> list[Row]:
     """
     names = [f"appearance:contrast={given[kind]}" for kind in ("strong", "faint")]
     model, (strong, faint), recipe = _train_on_all(given, names, seed, device)
+    return salience_of(model, strong, faint, recipe.batch_size, seed, device)
+
+
+def salience_of(
+    model: nn.Module, strong: TaskData, faint: TaskData, batch_size: int, seed: int, device: str
+) -> list[Row]:
+    """How often a model answers the shape that some frames show strongly, and the one that the others show faintly."""
     classes = strong.task.num_classes
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     rows: list[Row] = []
     for frames in SALIENT_FRAMES:
         answered = torch.zeros(2, dtype=torch.int64)
-        for first in range(0, TEST_EXAMPLES, recipe.batch_size):
-            contents = torch.arange(first, min(first + recipe.batch_size, TEST_EXAMPLES))
+        for first in range(0, TEST_EXAMPLES, batch_size):
+            contents = torch.arange(first, min(first + batch_size, TEST_EXAMPLES))
             shown = contents % classes
             other = (shown + 1 + contents // classes % (classes - 1)) % classes  # every pair of shapes in turn
             clips, _ = strong.task.make((contents * classes + shown).tolist(), seed=seed, split="test")
@@ -182,22 +205,27 @@ def _salience(given: Given, seed: int, device: str) -> list[Row]:
                 answer = model(mixed.to(device)).argmax(dim=1).cpu()
             answered += torch.stack(((answer == shown).sum(), (answer == other).sum()))
         salient, quiet = (answered / TEST_EXAMPLES).tolist()
-        rows.append({"share": frames / strong.task.clip_length, "salient": salient, "faint_answers": quiet})
+        both = salient + quiet
+        rows.append(
+            {
+                "share": frames / strong.task.clip_length,
+                "salient": salient,
+                "faint": quiet,
+                "preference": salient / both if both else math.nan,
+            }
+        )
     return rows
 
 
 def _gradient(given: Given, seed: int, device: str) -> list[Row]:
-    """The norm of ∂loss/∂input by how many frames before the last it lies, before or after training.
+    """The norm of ∂loss/∂input by how many frames before the last it lies, before training.
 
     The loss is of the last frame's prediction. What is small at a long lag cannot be learnt of it.
     """
     data = TaskData(create(str(given["task"])), test_examples=TEST_EXAMPLES)
     name, options = str(given["model"]), _options(given, "model", "task")
     with seeded(seed, device):
-        if given["steps"]:
-            model = trial(name, data, seed=seed, recipe=_recipe(given), device=device, **options).model
-        else:
-            model = model_for(name, data, float(str(given.get("width_multiplier", 1.0))), **options).to(device)
+        model = model_for(name, data, float(str(given.get("width_multiplier", 1.0))), **options).to(device)
     features, labels = next(iter(data.testing(TEST_EXAMPLES, seed, "normal")))
     features = features.to(device).requires_grad_()
     F.cross_entropy(model(features), labels.to(device), reduction="sum").backward()
@@ -225,30 +253,135 @@ def _relus(given: Given, seed: int, device: str) -> list[Row]:
     """Rectifications in one clip's forward pass at the published size, counted on the meta device."""
     name = str(given["model"])
     with torch.device("meta"):
-        model = models.create(name).eval()
+        model = models.create(name, **_options(given, "model")).eval()
         inputs = [torch.empty(shape) for shape in models.input_shapes(name).values()]
     with _CountRelus() as counted:
         model(*inputs)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return [{"relus": counted.calls, "rectified": counted.values, "params": params}]
+    return [{"relus": counted.calls, "rectified": counted.values, "params": _params(model)}]
+
+
+SEQUENCE_CLASSES = 10
+
+
+def _sequence_model(name: str, hidden_size: int, clip_length: int, device: str) -> nn.Module:
+    """A model on as many features as it has units."""
+    return models.create(
+        name, num_classes=SEQUENCE_CLASSES, clip_length=clip_length, input_features=hidden_size, hidden_size=hidden_size
+    ).to(device)
 
 
 def _stream_state(given: Given, seed: int, device: str) -> list[Row]:
     """Bytes that a model carries from frame to frame of one stream."""
-    features, length = _whole(given["hidden_size"]), _whole(given["clip_length"])
-    model = models.create(
-        str(given["model"]), num_classes=2, clip_length=length, input_features=features, hidden_size=features
-    )
+    features = _whole(given["hidden_size"])
+    model = _sequence_model(str(given["model"]), features, _whole(given["clip_length"]), "cpu")
     with torch.inference_mode():
         _, state = model.eval().step(torch.zeros(1, features))  # type: ignore[operator]
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return [{"state_bytes": _bytes_of(state), "params": params}]
+    return [{"state_bytes": _bytes_of(state), "params": _params(model)}]
 
 
 def _bytes_of(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(_bytes_of, value)) if isinstance(value, (tuple, list)) else 0
+
+
+def _sequence_step(model: nn.Module, features: Tensor) -> Callable[[], None]:
+    """Forward and backward of the last frame's prediction."""
+    labels = torch.arange(len(features), device=features.device) % SEQUENCE_CLASSES
+
+    def step() -> None:
+        F.cross_entropy(model(features), labels).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _training_memory(given: Given, seed: int, device: str) -> list[Row]:
+    """The most bytes alive in a training step beyond weights and inputs, at equal numbers of parameters.
+
+    The width given is the recurrent network's; the other one has the width that comes nearest in parameters.
+    """
+    length, hidden = _whole(given["clip_length"]), _whole(given["hidden_size"])
+    name, other = str(given["model"]), str(given["like"])
+    width = hidden
+    if name != other:
+        wanted = _params(_sequence_model(other, hidden, length, "cpu"))
+        width = min(
+            range(16, 2 * hidden, 8), key=lambda w: abs(_params(_sequence_model(name, w, length, "meta")) - wanted)
+        )
+    with seeded(seed, device):
+        model = _sequence_model(name, width, length, device)
+        features = torch.randn(_whole(given["batch_size"]), length, width, device=device)
+    step = _sequence_step(model, features)
+    step()
+    memory = measure_memory(device, step, 0)
+    return [{"peak_bytes": memory.peak_bytes - memory.live_before_bytes, "params": _params(model), "units": width}]
+
+
+def _scaling(given: Given, seed: int, device: str) -> list[Row]:
+    """Latency over clip length, the networks in turn at every length; on a CPU also on one thread at the longest.
+
+    Weight normalisation is folded into the weights in `forward`, as it is where a network is deployed.
+    """
+    mode, hidden = str(given["mode"]), _whole(given["hidden_size"])
+    lengths = given["lengths"]
+    assert isinstance(lengths, tuple)
+    timer = Timer(device, "hot")
+    rows: list[Row] = []
+    for length in lengths:
+        steps = {}
+        for network, name in (("lstm", "vidbench.claims.contenders:lstm"), ("tcn", "tcn")):
+            with seeded(seed, device):
+                model = _sequence_model(name, hidden, length, device).train(mode == "train")
+                features = torch.randn(1, length, hidden, device=device)
+            steps[network] = _sequence_step(model, features) if mode == "train" else _forward(model, features)
+        threads = {torch.get_num_threads(), 1} if device == "cpu" and length == lengths[-1] else {0}
+        for count, (network, step) in itertools.product(sorted(threads, reverse=True), steps.items()):
+            before = torch.get_num_threads()
+            torch.set_num_threads(count or before)
+            warm_up(step, timer, seconds=2 * TIMING.seconds)
+            taken = sorted(sample(step, timer, TIMING).device_s)
+            torch.set_num_threads(before)
+            rows.append(
+                {
+                    "network": network,
+                    "clip_length": length,
+                    "threads": count or before,
+                    "latency_s": taken[len(taken) // 2],
+                }
+            )
+    return rows
+
+
+def _forward(model: nn.Module, features: Tensor) -> Callable[[], Tensor]:
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            out: Tensor = model(features)
+            return out
+
+    return forward
+
+
+def _cost(given: Given, seed: int, device: str) -> list[Row]:
+    """Multiply-adds and latency of several models on one clip, timed one after the other."""
+    names = ("i3d_rgb", "vidbench.claims.contenders:i3d_without_bottlenecks")
+    size, length = _whole(given["input_size"]), _whole(given["clip_length"])
+    timer = Timer(device, "hot")
+    rows: list[Row] = []
+    for name in names:
+        with seeded(seed, device):
+            model = models.create(name, width_multiplier=float(str(given["width_multiplier"]))).eval()
+        counts = counting.count_model(counting.on_meta(model), [(1, 3, length, size, size)])
+        model, clip = model.to(device), torch.randn(1, 3, length, size, size).to(device)
+        forward = _forward(model, clip)
+        warm_up(forward, timer, seconds=2 * TIMING.seconds)
+        taken = sorted(sample(forward, timer, TIMING).device_s)
+        rows.append({"model": name, "macs": counts.macs or 0, "latency_s": taken[len(taken) // 2]})
+    return rows
 
 
 def _whole(value: Value) -> int:
@@ -265,5 +398,8 @@ KINDS: dict[str, Callable[[Given, int, str], list[Row]]] = {
     "gradient": _gradient,
     "relus": _relus,
     "stream_state": _stream_state,
+    "training_memory": _training_memory,
+    "scaling": _scaling,
+    "cost": _cost,
 }
-"""By kind what is done; `timing` is the engine's."""
+"""By kind what is done."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
+import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,16 +22,15 @@ import msgspec
 
 from vidbench.claims import Claim, Experiment, Finding, Outcome, Row, judge
 from vidbench.records import Environment
-from vidbench.sweep import Point, RequestError, Value
+from vidbench.sweep import RequestError
 
 SCHEMA_VERSION = 1
 HEADER = "claims.json"
 LINES = "experiments.jsonl"
-TIMING_S = 0.3
-"""Budget for sampling one timing."""
-
 TIMEOUT_S = 3600.0
 GRACE_S = 5.0
+MOST_JOBS = 8
+"""Small networks leave a GPU idle, and so share it."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Header:
     device: str
     command: str
     environment: Environment
+    sources: str
+    """Digest of the code that an outcome depends on."""
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,7 +84,7 @@ def investigate(
     """Does the experiments that are not done yet, and judges the claims by all of them.
 
     Every experiment runs in a process of its own, on one thread, so that its outcome does not depend on how many run
-    side by side; timings run first and alone. What failed is tried again when resumed.
+    side by side; what is timed runs first, alone, on all cores. What failed is tried again when resumed.
 
     Args:
         claims: What to put to the test.
@@ -88,41 +92,76 @@ def investigate(
         size: Name of the size that `claims` were made for.
         device: cpu or cuda.
         resume: Go on with what lies in `out`, or start there.
-        jobs: Experiments side by side; by default the cores, at most 8.
+        jobs: Experiments side by side; by default the cores, at most `MOST_JOBS`.
         command: What reproduces this.
         progress: Told of every experiment.
+
+    Returns:
+        What the folder is of, the findings, and all outcomes that it holds.
 
     Raises:
         RequestError: `out` is used already, is of another size, machine or revision, or cannot be written.
     """
+    from vidbench.claims.experiments import ALONE
     from vidbench.environment import describe
 
-    jobs = jobs or min(len(os.sched_getaffinity(0)), 8)
+    jobs = jobs or min(len(os.sched_getaffinity(0)), MOST_JOBS)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    header = Header(SCHEMA_VERSION, now, size, device, command, describe(device, ()))
-    header, outcomes = _open(out, header, resume)
-    asked = list({one.key: one for claim in claims for one in claim.experiments}.values())
-    kept = {outcome.experiment.key: outcome for outcome in outcomes}
-    missing = [one for one in asked if one.key not in kept or kept[one.key].failure]
-    count = len(asked) - len(missing)
-    clock = _Clock(missing, [outcome for outcome in outcomes if not outcome.failure], jobs)
-    with (out / LINES).open("ab") as file:
+    header = Header(SCHEMA_VERSION, now, size, device, command, describe(device, ()), _sources())
+    with _written(out):
+        header = _open(out, header, resume)
+        with (out / LINES).open("ab") as file:
+            _lock(file, out)
+            kept = {outcome.experiment.key: outcome for outcome in _restore(out)}
+            asked = list({one.key: one for claim in claims for one in claim.experiments}.values())
+            missing = [one for one in asked if one.key not in kept or kept[one.key].failure]
+            count = len(asked) - len(missing)
+            clock = _Clock(missing, [outcome for outcome in kept.values() if not outcome.failure], jobs)
 
-        def keep(outcome: Outcome) -> None:
-            nonlocal count
-            _write(file, outcome)
-            kept[outcome.experiment.key] = outcome
-            count += 1
-            clock.finished(outcome)
-            progress(Step(count, len(asked), outcome.experiment, clock.left(), outcome))
+            def keep(outcome: Outcome) -> None:
+                nonlocal count
+                _write(file, outcome)
+                kept[outcome.experiment.key] = outcome
+                count += 1
+                clock.finished(outcome)
+                progress(Step(count, len(asked), outcome.experiment, clock.left(), outcome))
 
-        def begin(experiment: Experiment) -> None:
-            progress(Step(count, len(asked), experiment, clock.left()))
+            def begin(experiment: Experiment) -> None:
+                progress(Step(count, len(asked), experiment, clock.left()))
 
-        _time([one for one in missing if one.kind == "timing"], header.environment, device, begin, keep)
-        _do([one for one in missing if one.kind != "timing"], device, jobs, begin, keep)
-    done = [kept[one.key] for one in asked if one.key in kept]
+            _do([one for one in missing if one.kind in ALONE], device, 1, begin, keep)
+            _do([one for one in missing if one.kind not in ALONE], device, jobs, begin, keep)
+    done = list(kept.values())
     return header, [judge(claim, done) for claim in claims], done
+
+
+@contextlib.contextmanager
+def _written(out: Path) -> Any:
+    """Trouble with the disk, in one line."""
+    try:
+        yield
+    except OSError as problem:
+        raise RequestError(f"cannot write to {out}: {problem.strerror or problem}") from None
+
+
+def _lock(file: Any, out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"{out}: another process is at work there; wait for it or end it") from None
+
+
+def _sources() -> str:
+    """Digest of the code that an outcome depends on: an edited tree has the commit of the one before."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    parts = [root / "training.py", root / "trials.py"]
+    for folder in ("claims", "data", "models"):
+        parts += sorted((root / folder).rglob("*.py"))
+    for part in parts:
+        if part.name not in ("page.py", "investigate.py"):  # which do not change what is found
+            digest.update(part.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def load(out: Path) -> tuple[Header, list[Outcome]]:
@@ -155,34 +194,39 @@ def load(out: Path) -> tuple[Header, list[Outcome]]:
     return header, list(found.values())
 
 
-def _open(out: Path, header: Header, resume: bool) -> tuple[Header, list[Outcome]]:
-    """Begins an investigation or goes on with one, whose torn last line is cut off."""
+def _open(out: Path, header: Header, resume: bool) -> Header:
+    """Begins an investigation, or checks that one can be gone on with."""
+    new = f".{HEADER}.tmp"
     if not (out / HEADER).exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(entry.name != new for entry in out.iterdir()):
             raise RequestError(f"{out} is not empty and holds no {HEADER}: choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            new = out / f".{HEADER}.tmp"
-            new.write_bytes(msgspec.json.format(msgspec.json.encode(header), indent=1))
-            new.replace(out / HEADER)
-        except OSError as problem:
-            raise RequestError(f"cannot write to {out}: {problem.strerror}") from None
-        return header, []
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / new).open("wb") as file:
+            file.write(msgspec.json.format(msgspec.json.encode(header), indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        (out / new).replace(out / HEADER)
+        return header
     if not resume:
         raise RequestError(f"{out} holds an investigation already: go on with it by --resume, or choose another --out")
-    before, outcomes = load(out)
+    before, _ = load(out)
     for what, then, now in (
         ("size", before.size, header.size),
         ("device", before.device, header.device),
         ("machine or revision", before.environment.identity, header.environment.identity),
+        ("version of the code", before.sources, header.sources),
     ):
         if then != now:
             raise RequestError(f"{out} is of another {what}: {then}, not {now}; choose another --out")
+    return before
+
+
+def _restore(out: Path) -> list[Outcome]:
+    """The outcomes so far; a torn last line is cut off."""
     path = out / LINES
-    if path.exists():
-        whole = path.read_bytes()
-        os.truncate(path, whole.rfind(b"\n") + 1)
-    return before, outcomes
+    whole = path.read_bytes()
+    os.truncate(path, whole.rfind(b"\n") + 1)
+    return load(out)[1]
 
 
 def _write(file: Any, outcome: Outcome) -> None:
@@ -220,60 +264,12 @@ class _Clock:
         total = 0.0
         for one in self.missing.values():
             like = self.taken.get(_like(one), known)
-            total += sum(like) / len(like) / (1 if one.kind == "timing" else self.jobs)
+            total += sum(like) / len(like) / self.jobs
         return total
 
 
 def _like(experiment: Experiment) -> tuple[str, str]:
-    return experiment.kind, str(experiment.given.get("model", experiment.given.get("workload", "")))
-
-
-def _time(
-    timings: Sequence[Experiment],
-    environment: Environment,
-    device: str,
-    begin: Callable[[Experiment], None],
-    keep: Callable[[Outcome], None],
-) -> None:
-    """Timings, each round in a fresh process, nothing beside them."""
-    if not timings:
-        return
-    from vidbench.engine.local import LocalEngine
-
-    with LocalEngine(timeout_s=TIMEOUT_S) as engine:
-        points = [_point(one, device) for one in timings]
-        kinds = {point.workload: point.kind for point in points}
-        described, _ = engine.describe(device, tuple(sorted({point.dtype for point in points})), kinds)
-        environment = replace(environment, flops_per_s=described.flops_per_s, bytes_per_s=described.bytes_per_s)
-        current = 0
-        for one, point in sorted(zip(timings, points, strict=True), key=lambda pair: pair[0].seed):
-            if one.seed != current:
-                engine.retire()  # a round is a fresh process
-                current = one.seed
-            begin(one)
-            started = time.perf_counter()
-            measured = engine.measure(point, one.seed, environment, seconds=TIMING_S, video=None)
-            wall_s = time.perf_counter() - started
-            if measured.status != "ok" or measured.median_s is None or measured.memory is None:
-                keep(Outcome(one, [], wall_s, f"{measured.status}: {measured.reason}"))
-                continue
-            row: dict[str, Value] = {
-                "latency_s": measured.median_s,
-                "peak_bytes": measured.memory.peak_bytes - measured.memory.live_before_bytes,
-            }
-            if measured.counts is not None and measured.counts.macs is not None:
-                row["macs"] = measured.counts.macs
-            if measured.params is not None:
-                row["params"] = measured.params
-            keep(Outcome(one, [row], wall_s))
-
-
-def _point(experiment: Experiment, device: str) -> Point:
-    given = dict(experiment.given)
-    workload, kind, implementation, mode = (
-        str(given.pop(name)) for name in ("workload", "workload_kind", "implementation", "mode")
-    )
-    return Point(workload, kind, implementation, mode=mode, device=device, case=given)  # type: ignore[arg-type]
+    return experiment.kind, str(experiment.given.get("model", experiment.given.get("mode", "")))
 
 
 @dataclass
@@ -344,12 +340,15 @@ def _child(answers: Connection, experiment: Experiment, device: str) -> None:
     """One experiment, in a process of its own."""
     import torch
 
-    from vidbench.claims.experiments import perform
-    from vidbench.worker import end_with_parent
+    from vidbench.claims.experiments import ALONE, perform
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process, in order
-    end_with_parent()
-    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # libraries chatter; what an experiment raises is told otherwise
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    if experiment.kind not in ALONE:
+        torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2
 
@@ -363,3 +362,11 @@ def _child(answers: Connection, experiment: Experiment, device: str) -> None:
         failure = f"{type(error).__name__}: {reason[0] if reason else 'no message'}"
     with contextlib.suppress(BrokenPipeError):  # the parent was interrupted meanwhile
         answers.send((rows, failure))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that asked for it is gone: its own parent is the fork server, which stays."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

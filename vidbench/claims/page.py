@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidbench.claims import Claim, Finding, Judged, Outcome, Plot, frame
+from vidbench.claims import Claim, Finding, Judged, Outcome, Plot, at_best_rate, frame, said
 from vidbench.metrics import interval
 from vidbench.sweep import RequestError
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from vidbench.claims.investigate import Header
 
 HOW = (
-    "A claim is SUPPORTED where every effect that it predicts is larger than its margin with all of its 95 % interval "
-    "over seeds (of timings: over fresh processes), REFUTED where one is smaller with all of it, and UNDECIDED "
-    "otherwise, or where a control fails. A verdict holds for this protocol and this machine: small networks, "
-    "generated clips."
+    "A claim is SUPPORTED where each effect that it predicts lies beyond its margin with its whole 95 % interval over "
+    "seeds (of timings: over fresh processes), REFUTED where one lies on the other side with its whole interval, and "
+    "UNDECIDED otherwise, or where a control fails. A verdict holds for this protocol and this machine: small "
+    "networks, generated clips."
 )
 
 
@@ -49,20 +49,22 @@ def write(header: Header, findings: Sequence[Finding], outcomes: Sequence[Outcom
     page = out / "claims.html"
     try:
         pictures.mkdir(parents=True, exist_ok=True)
-        entries = []
+        entries: list[dict[str, Any]] = []
         for finding in findings:
+            picture = pictures / f"{finding.claim.name}.svg"
+            picture.unlink(missing_ok=True)
             figure = draw(finding.claim, _of(finding.claim, outcomes))
             svg = None if figure is None else style.svg(figure)
             if svg is not None:
-                (pictures / f"{finding.claim.name}.svg").write_text(svg, encoding="utf-8")
+                picture.write_text(svg, encoding="utf-8")
             entries.append(
                 {
                     "finding": finding,
                     "claim": finding.claim,
                     "effects": [_effect(judged) for judged in finding.predictions],
                     "controls": [_effect(judged) for judged in finding.controls],
-                    "seeds": len({one.seed for one in finding.claim.experiments}),
-                    "experiments": len(finding.claim.experiments),
+                    "effort": _effort(finding.claim),
+                    "altered": _altered(_of(finding.claim, outcomes)),
                     "svg": None if svg is None else Markup(style.inline(svg, finding.claim.name)),
                 }
             )
@@ -75,11 +77,13 @@ def write(header: Header, findings: Sequence[Finding], outcomes: Sequence[Outcom
             size=header.size,
             command=header.command,
             hours=sum(outcome.wall_s for outcome in outcomes) / 3600,
+            failures=[outcome for outcome in outcomes if outcome.failure],
             count=len(outcomes),
             css=Markup(asset("page.css")),
         )
         page.write_text(text, encoding="utf-8")
-        (out / "claims.md").write_text(_markdown(header, findings), encoding="utf-8")
+        drawn = {entry["claim"].name for entry in entries if entry["svg"] is not None}
+        (out / "claims.md").write_text(_markdown(header, findings, drawn), encoding="utf-8")
         table.to_csv(out / "experiments.csv", index=False)
     except OSError as problem:
         raise RequestError(f"cannot write the report to {out}: {problem.strerror}") from None
@@ -90,7 +94,37 @@ def summary(findings: Sequence[Finding]) -> str:
     """How many there are of each verdict."""
     counts = Counter(finding.verdict for finding in findings)
     parts = [f"{counts[verdict]} {verdict.lower()}" for verdict in ("SUPPORTED", "REFUTED", "UNDECIDED")]
-    return f"{len(findings)} claims: {', '.join(parts)}"
+    return f"{_many(len(findings), 'claim')}: {', '.join(parts)}"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _effort(claim: Claim) -> str:
+    """How many experiments and seeds there are."""
+    seeds = len({one.seed for one in claim.experiments})
+    done = _many(len(claim.experiments), "experiment")
+    return f"{done}, {seeds} seeds" if seeds > 1 else done
+
+
+def _altered(outcomes: pd.DataFrame) -> list[dict[str, str]]:
+    """Mean accuracies on normal and on altered test clips, of each network."""
+    conditions = ("shuffled", "reversed", "frozen")
+    if "top1" not in outcomes or any(name not in outcomes for name in conditions):
+        return []
+    known = outcomes.dropna(subset=list(conditions))
+    by = [name for name in ("model", "task", "begun", "pattern") if name in known and known[name].notna().any()]
+    best = at_best_rate(known, "top1", *by)
+    return [
+        {
+            "network": ", ".join(
+                short(part).replace("\n", " ") for part in (key if isinstance(key, tuple) else (key,))
+            ),
+            **{name: f"{100 * part[name].mean():.0f} %" for name in ("top1", *conditions)},
+        }
+        for key, part in best.groupby(by, sort=False)
+    ]
 
 
 def machine(header: Header) -> str:
@@ -102,21 +136,15 @@ def machine(header: Header) -> str:
 def _effect(judged: Judged) -> dict[str, str]:
     """A judged prediction as texts."""
     prediction, found = judged.prediction, judged.interval
-    if found is None:
-        measured = "not measured"
-    elif prediction.exact:
-        measured = f"{found.mean:.4g}"
-    else:
-        measured = f"{found.mean:.3g} ({found.low:.3g} to {found.high:.3g})"
     return {
         "says": prediction.says,
-        "measured": measured,
-        "wanted": f"> {prediction.margin:g} {prediction.unit}",
+        "measured": "not told" if found is None else said(found, prediction),
+        "wanted": f"{'<' if prediction.less else '>'} {prediction.margin:g}",
         "verdict": judged.verdict,
     }
 
 
-def _markdown(header: Header, findings: Sequence[Finding]) -> str:
+def _markdown(header: Header, findings: Sequence[Finding], drawn: Collection[str]) -> str:
     from vidbench.report.markdown import cell, table
 
     lines = [
@@ -143,8 +171,9 @@ def _markdown(header: Header, findings: Sequence[Finding]) -> str:
         judged = [*finding.predictions, *finding.controls]
         kinds = ["prediction"] * len(finding.predictions) + ["control"] * len(finding.controls)
         rows = [(kind, *_effect(one).values()) for kind, one in zip(kinds, judged, strict=True)]
-        lines += table(("", "", "measured", "wanted", "verdict"), rows)
-        lines += ["", f"![{claim.name}](figures/{claim.name}.svg)"]
+        lines += table(("", "predicted", "measured", "wanted", "verdict"), rows)
+        if claim.name in drawn:
+            lines += ["", f"![{claim.name}](figures/{claim.name}.svg)"]
     return "\n".join(lines) + "\n"
 
 
@@ -173,9 +202,12 @@ def draw(claim: Claim, outcomes: pd.DataFrame) -> Figure | None:
         outcomes = outcomes[outcomes[name] == value] if name in outcomes else outcomes.iloc[:0]
     if any(name not in outcomes for name in (plot.x, plot.y, plot.hue)):
         return None
+    if "threads" in outcomes:
+        outcomes = outcomes[outcomes["threads"] == outcomes["threads"].max()]
     outcomes = outcomes.dropna(subset=[plot.x, plot.y])
     if not len(outcomes):
         return None
+    outcomes = at_best_rate(outcomes, plot.y, *dict.fromkeys((plot.x, plot.hue)))
     hues = list(dict.fromkeys(outcomes[plot.hue]))
     colours = style.wide_palette([str(hue) for hue in hues])
     with style.styled():

@@ -110,29 +110,39 @@ def appearance(entropy: Bytes, *, clip_length: int, contrast: int) -> Scene:
 MOVING_BYTES = 7
 
 
-def _moving(frames: Bytes, drawn: Integers, shape: str, *, domain: Domain = "a", way: int = 1, speed: int = 1) -> Bytes:
+def _moving(
+    frames: Bytes,
+    drawn: Integers,
+    shape: str,
+    *,
+    domain: Domain = "a",
+    way: int = 1,
+    speed: int = 1,
+    colour: Integers | None = None,
+) -> Bytes:
     """A shape that moves on frames (C, T, 3, H, W), from anywhere and round the edges.
 
     Args:
         drawn: Random numbers below 256, (C, `MOVING_BYTES`).
         way: 1 to the right, -1 to the left.
-        speed: Pixels a frame, up to one of which is added by chance.
+        speed: Pixels a frame; up to one more is drawn.
+        colour: (3,); by default drawn from the domain's.
     """
     time = np.arange(frames.shape[1])
     row = 2 * drawn[:, :1] + ((drawn[:, 1:2] - 128) * time >> 4)
     column = 2 * drawn[:, 2:3] + way * (16 * speed + (drawn[:, 3:4] >> 4)) * time
     radius = np.broadcast_to(64 + (drawn[:, 4:5] >> 3), row.shape)
     palette = COLOURS if domain == "a" else TINTS
-    colour = palette[drawn[:, 5] % len(palette)][:, None]
+    shown = palette[drawn[:, 5] % len(palette)] if colour is None else np.broadcast_to(colour, (len(drawn), 3))
     strength = 192 + (drawn[:, 6:7] >> 2)
-    return _paint(frames, _mask(shape, row, column, radius, wrap=True), colour, strength)
+    return _paint(frames, _mask(shape, row, column, radius, wrap=True), shown[:, None], strength)
 
 
 def time_direction(entropy: Bytes, *, clip_length: int, speed: int, domain: Domain) -> Scene:
     """A shape moves to the right; the other class is the clip backwards.
 
     Args:
-        speed: Pixels a frame, up to one of which is added by chance.
+        speed: Pixels a frame; up to one more is drawn.
     """
     shape = "disc" if domain == "a" else "square"
     drawn = entropy[:, :MOVING_BYTES].astype(np.int64)
@@ -148,14 +158,45 @@ def shape_direction(entropy: Bytes, *, clip_length: int) -> Scene:
     return np.concatenate(shown, axis=1), np.concatenate([i * clip_length + ways for i in range(3)], axis=1)
 
 
-def shape_binding(entropy: Bytes, *, clip_length: int) -> Scene:
-    """A disc moves to the right while a cross moves to the left; the other class is the clip backwards.
+TWINS = np.array([[255, 160, 160], [160, 190, 255]])
+"""A red and a blue of one luminance: grey frames, from which optical flow is computed, do not tell them apart."""
 
-    Both classes show both shapes and both motions: what tells them apart is which shape has which.
+
+def colour_binding(entropy: Bytes, *, clip_length: int) -> Scene:
+    """A red disc moves to the right while a blue one moves to the left; the other class is the clip backwards.
+
+    Both classes show both colours and both motions: what tells them apart is which colour has which.
     """
     drawn = entropy[:, : 2 * MOVING_BYTES].astype(np.int64)
-    frames = _moving(_noise(entropy, clip_length), drawn[:, MOVING_BYTES:], "cross", way=-1)
-    return _moving(frames, drawn[:, :MOVING_BYTES], "disc"), _forwards_and_back(len(entropy), clip_length)
+    frames = _moving(_noise(entropy, clip_length), drawn[:, MOVING_BYTES:], "disc", way=-1, colour=TWINS[1])
+    frames = _moving(frames, drawn[:, :MOVING_BYTES], "disc", colour=TWINS[0])
+    return frames, _forwards_and_back(len(entropy), clip_length)
+
+
+MOVE_LENGTH = 5
+
+
+def motion_order(entropy: Bytes, *, clip_length: int, delay: int) -> Scene:
+    """A disc moves to the right for five frames, another one to the left; a class is which comes first.
+
+    Both classes show the same frames, and each movement is shown as it was made.
+
+    Args:
+        delay: Frames of noise between the two.
+    """
+    contents = len(entropy)
+    frames = _noise(entropy, clip_length)
+    head = entropy[:, :HEAD].astype(np.int64)
+    onset = head[:, 14] * (clip_length - 2 * MOVE_LENGTH - delay + 1) >> 8
+    first = onset[:, None] + np.arange(MOVE_LENGTH)  # [C, L]
+    slots = first, first + MOVE_LENGTH + delay
+    which = np.arange(contents)[:, None]
+    for event, way in enumerate((1, -1)):
+        drawn = head[:, event * MOVING_BYTES : (event + 1) * MOVING_BYTES]
+        frames[which, slots[event]] = _moving(frames[which, slots[event]], drawn, "disc", way=way, speed=2)
+    order = np.tile(np.arange(clip_length, dtype=np.int64), (contents, 2, 1))
+    order[which, 1, slots[0]], order[which, 1, slots[1]] = slots[1], slots[0]
+    return frames, order
 
 
 EVENT_LENGTH = 4

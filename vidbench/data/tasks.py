@@ -230,7 +230,8 @@ def _token_memory(*, clip_length: int = 32) -> Task:
 
 
 def _subtle_motion(*, clip_length: int = 16, amplitude: float = 1.0, pattern: Pattern = "texture") -> Task:
-    most = scenes.REACH - 3 if pattern == "texture" else 2 * scenes.SIZE
+    # From half a frame's width a frame on, a disc that goes round the edges has no direction.
+    most = scenes.REACH - 3 if pattern == "texture" else min(64, (scenes.SIZE // 2 - 1) * (clip_length - 1))
     _in_range(clip_length=(clip_length, 2, 1024), amplitude=(amplitude, 0, most))
     content, entropy_bytes = {
         "texture": (scenes.subtle_motion, scenes.texture_bytes),
@@ -258,14 +259,26 @@ def _shape_direction(*, clip_length: int = 16) -> Task:
     )
 
 
-def _shape_binding(*, clip_length: int = 16) -> Task:
+def _colour_binding(*, clip_length: int = 16) -> Task:
     _in_range(clip_length=(clip_length, 2, 1024))
     return Task(
-        name="shape_binding",
-        meaning="which of two shapes moves which way: both shapes and both motions are in every clip",
-        classes=("disc to the right, cross to the left", "disc to the left, cross to the right"),
+        name="colour_binding",
+        meaning="which of two discs moves which way: both colours and both motions are in every clip",
+        classes=("red to the right, blue to the left", "red to the left, blue to the right"),
         clip_length=clip_length,
-        content=partial(scenes.shape_binding, clip_length=clip_length),
+        content=partial(scenes.colour_binding, clip_length=clip_length),
+        entropy_bytes=scenes.noise_bytes(clip_length),
+    )
+
+
+def _motion_order(*, clip_length: int = 16, delay: int = 0) -> Task:
+    _in_range(clip_length=(clip_length, 2 * scenes.MOVE_LENGTH + delay, 1024), delay=(delay, 0, 1000))
+    return Task(
+        name="motion_order",
+        meaning="which of two movements comes first; both classes show the very same frames",
+        classes=("right, then left", "left, then right"),
+        clip_length=clip_length,
+        content=partial(scenes.motion_order, clip_length=clip_length, delay=delay),
         entropy_bytes=scenes.noise_bytes(clip_length),
     )
 
@@ -285,7 +298,8 @@ _BUILDERS: dict[str, Callable[..., Task]] = {
     "token_memory": _token_memory,
     "subtle_motion": _subtle_motion,
     "shape_direction": _shape_direction,
-    "shape_binding": _shape_binding,
+    "colour_binding": _colour_binding,
+    "motion_order": _motion_order,
 }
 
 TASKS: dict[str, Task] = {name: builder() for name, builder in _BUILDERS.items()}

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import msgspec
 
+import vidbench
 from vidbench import worker as protocol
 from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
@@ -40,10 +41,22 @@ class _Worker:
 
 
 class LocalEngine:
-    """Takes points one at a time to a process of their own. Use as a context manager."""
+    """Takes points one at a time to a process of their own. Use as a context manager.
 
-    def __init__(self, *, timeout_s: float) -> None:
+    Args:
+        timeout_s: A point that takes longer is given up, with its worker.
+        source: A checkout whose vidkernels and models are measured, instead of those installed.
+        python: The interpreter of the workers; this one where not given.
+    """
+
+    def __init__(self, *, timeout_s: float, source: Path | None = None, python: Path | None = None) -> None:
         self.timeout_s = timeout_s
+        self._python = str(python or sys.executable)
+        self._environ = dict(os.environ)
+        if source is not None:
+            self._environ[protocol.SOURCE] = str(source)
+        if python is not None:  # another environment has not this harness
+            self._environ["PYTHONPATH"] = str(Path(vidbench.__file__).resolve().parents[1])
         self._server: subprocess.Popen[bytes] | None = None
         self._worker: _Worker | None = None
 
@@ -148,8 +161,9 @@ class LocalEngine:
         self._control, theirs = socket.socketpair()
         # A session of its own: Ctrl-C in the terminal reaches the engine alone, which ends in order.
         self._server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vidbench.worker", str(theirs.fileno())],
+            [self._python, "-P", "-m", "vidbench.worker", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
+            env=self._environ,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

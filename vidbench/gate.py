@@ -1,0 +1,300 @@
+"""Two revisions measured in one job, in turn, and judged: for CI on a machine that is never quite the same.
+
+Head's harness measures both; of the base it takes the kernels and the models. Every round is a fresh process for each
+side, and BASE has two: how far those lie apart is the machine's own noise, learnt where it matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from vidbench import results
+from vidbench.compare import Comparison, compare
+from vidbench.engine import devices
+from vidbench.engine.local import LocalEngine
+from vidbench.records import Environment, Measurement
+from vidbench.suites import Axes, plan
+from vidbench.sweep import Point, RequestError, Sweep
+
+LOOKS = (6, 12, 20, 30)
+"""Rounds after which is judged; the looks share the rate of false discoveries."""
+
+SIDES = ("base", "head", "again")
+"""BASE, HEAD, and BASE once more."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Told after every measurement, and after every look."""
+
+    round: int
+    done: int
+    """Measurements of this round."""
+    of: int
+    side: str
+    measurement: Measurement | None = None
+    comparison: Comparison | None = None
+    """What a look has found."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What a gate has found."""
+
+    comparison: Comparison
+    base: results.Run
+    head: results.Run
+    rounds: int
+    stopped: str
+    """Why no further round was taken: everything is decided, the budget, or the last look."""
+
+
+def gate(
+    revision: str,
+    suite: str,
+    *,
+    out: Path,
+    axes: Axes | None = None,
+    budget_s: float = 1200.0,
+    seconds: float | None = None,
+    timeout_s: float = 600.0,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[Step], None] = lambda _: None,
+) -> Gated:
+    """Measures a base revision and what is installed, in turn, until every point is decided or the budget is spent.
+
+    Points that a look decides are measured no more. A gate that was killed goes on where it was.
+
+    Args:
+        revision: The base, as git names it.
+        suite: Name of a suite; its points in both revisions are compared, so that one that was deleted is missed.
+        out: Folder for the runs of both sides.
+        axes: Values that replace the suite's own.
+        budget_s: After so many seconds no further round is begun; the first look is always taken.
+        seconds: Budget for sampling one point in one round; None takes the suite's own.
+        timeout_s: A point that takes longer is given up, with its worker.
+        resume: Go on with what lies in `out`.
+        command: What reproduces this.
+        progress: Told of every measurement.
+
+    Raises:
+        RequestError: No such revision or suite, or `out` cannot be used.
+    """
+    planned = plan(suite, axes=axes)
+    seconds = seconds or planned.seconds
+    commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
+    with _checkout(commit, out) as source, ExitStack() as stack:
+        points = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
+        points |= _points_of(source, suite, axes or {})
+        device, dtypes = devices(_as_sweeps(points.values()))
+        python = _environment_of(source, out)
+        engines = {
+            "base": LocalEngine(timeout_s=timeout_s, source=source, python=python),
+            "head": LocalEngine(timeout_s=timeout_s),
+            "again": LocalEngine(timeout_s=timeout_s, source=source, python=python),
+        }
+        for engine in engines.values():
+            stack.enter_context(engine)
+        head_here = {point.workload: point.kind for point in _known(points.values())}
+        described, _ = engines["head"].describe(device, dtypes, head_here)
+        of_base, _ = engines["base"].describe(device, dtypes, {})
+        # Ceilings are the machine's: both sides are held against the same.
+        of_base = replace(
+            of_base,
+            git_commit=commit, git_dirty=False,
+            flops_per_s=described.flops_per_s, bytes_per_s=described.bytes_per_s,
+        )  # fmt: skip
+        environments = {"base": of_base, "head": described, "again": of_base}
+        writers = {
+            side: stack.enter_context(_writer(out / side, suite, planned.sweeps, environments[side], command, resume))
+            for side in SIDES
+        }
+        rounds, stopped = _rounds(
+            list(points.values()), engines, writers, environments, out, seconds, time.monotonic() + budget_s, progress
+        )
+    sides = {side: results.load(out / side) for side in SIDES}
+    return Gated(
+        compare(sides["base"], sides["head"], again=sides["again"], rate=_rate()), sides["base"], sides["head"],
+        rounds, stopped,
+    )  # fmt: skip
+
+
+def _rate() -> float:
+    """Of false discoveries at each look."""
+    from vidbench.compare import FALSE_DISCOVERY_RATE
+
+    return FALSE_DISCOVERY_RATE / len(LOOKS)
+
+
+def _rounds(
+    points: Sequence[Point],
+    engines: dict[str, LocalEngine],
+    writers: dict[str, results.RunWriter],
+    environments: dict[str, Environment],
+    out: Path,
+    seconds: float,
+    deadline: float,
+    progress: Callable[[Step], None],
+) -> tuple[int, str]:
+    """Rounds and looks, until nothing is open; how many rounds there were, and why they ended."""
+    open_points = list(points)
+    number = 0
+    for look in LOOKS:
+        while number < look:
+            if number >= LOOKS[0] and time.monotonic() > deadline:
+                return number, "the budget is spent"
+            number += 1
+            for engine in engines.values():
+                engine.retire()  # a round is a fresh process
+            done = 0
+            for index, point in enumerate(open_points):
+                # Who goes first moves on, so that no side is always the one that finds the machine warm.
+                first = (number + index) % len(SIDES)
+                for side in (*SIDES[first:], *SIDES[:first]):
+                    done += 1
+                    if (point.key, number) in writers[side].done:
+                        continue
+                    measured = engines[side].measure(point, number, environments[side], seconds=seconds, video=None)
+                    writers[side].append(measured)
+                    progress(Step(number, done, len(SIDES) * len(open_points), side, measured))
+        sides = [results.load(out / side) for side in SIDES]
+        found = compare(sides[0], sides[1], again=sides[2], rate=_rate())
+        undecided = {one.point.key for one in found.points if one.verdict == "UNDECIDED"}
+        open_points = [point for point in open_points if point.key in undecided]
+        progress(Step(number, 0, 0, "", comparison=found))
+        if not open_points:
+            return number, "every point is decided"
+    return number, "the last look was taken"
+
+
+def _as_sweeps(points: Iterable[Point]) -> tuple[Sweep, ...]:
+    """Points as sweeps of one point each."""
+    return tuple(
+        Sweep(
+            point.workload, point.kind,
+            fixed={
+                **point.case, "implementation": point.implementation, "mode": point.mode, "device": point.device,
+                "dtype": point.dtype, "memory_format": point.memory_format, "regime": point.regime,
+            },
+        )
+        for point in points
+    )  # fmt: skip
+
+
+def _known(points: Iterable[Point]) -> list[Point]:
+    """Points whose workload this revision has; the others have no implementation to be described."""
+    from vidbench.models import MODELS
+    from vidbench.suites import OP_AXES
+
+    return [point for point in points if point.workload in MODELS or point.workload in OP_AXES]
+
+
+def _writer(
+    folder: Path, suite: str, sweeps: tuple[Sweep, ...], environment: Environment, command: str, resume: bool
+) -> results.RunWriter:
+    opened = results.RunWriter.resume if resume else results.RunWriter.create
+    return opened(folder, suite=suite, sweeps=sweeps, environment=environment, command=command)
+
+
+def _git(*arguments: str, cwd: Path | None = None) -> str:
+    """What git says.
+
+    Raises:
+        RequestError: git is not there, this is no repository, or there is no such revision.
+    """
+    try:
+        ran = subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, cwd=cwd, timeout=300)
+    except FileNotFoundError:
+        raise RequestError("a gate needs git, to take the base revision's sources") from None
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        said = str(error.stderr or error).strip().splitlines()
+        raise RequestError(f"git {' '.join(arguments)}: {said[-1] if said else 'failed'}") from None
+    return ran.stdout.strip()
+
+
+@contextlib.contextmanager
+def _checkout(commit: str, out: Path) -> Iterator[Path]:
+    """The sources of a commit, in a worktree that is removed in the end; one that a kill has left is used again."""
+    place = (out / "source").resolve()
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _git("worktree", "prune")
+        _git("worktree", "add", "--detach", "--force", str(place), commit)
+    elif _git("rev-parse", "HEAD", cwd=place) != commit:
+        raise RequestError(
+            f"{out} is of another base, {_git('rev-parse', 'HEAD', cwd=place)[:12]}: choose another --out"
+        )
+    try:
+        if not (place / "kernels" / "vidkernels").is_dir() or not (place / "vidbench" / "suites.py").is_file():
+            raise RequestError(
+                f"revision {commit[:12]} has no kernels/vidkernels or no vidbench: nothing to compare with"
+            )
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(RequestError):
+            _git("worktree", "prune")
+
+
+_LIST_POINTS = """
+import json, sys
+from dataclasses import asdict
+from vidbench.suites import SUITES, plan
+axes = {
+    name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    for name, values in json.loads(sys.argv[2]).items()
+}
+points = [] if sys.argv[1] not in SUITES else [
+    asdict(point) for sweep in plan(sys.argv[1], axes=axes).sweeps for point in sweep.points() if point.kind != "task"
+]
+print(json.dumps(points))
+"""
+
+
+def _points_of(source: Path, suite: str, axes: Axes) -> dict[str, Point]:
+    """The points that a suite has in another checkout."""
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(source), str(source / "kernels")))}
+    asked = (sys.executable, "-P", "-c", _LIST_POINTS, suite, json.dumps(axes))
+    ran = subprocess.run(asked, capture_output=True, text=True, check=False, env=environ, cwd=source)
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines()
+        raise RequestError(f"the base revision cannot list the points of {suite!r}: {said[-1] if said else 'no word'}")
+    points = msgspec.json.decode(ran.stdout, type=list[Point])
+    found = [
+        replace(point, case={k: tuple(v) if isinstance(v, list) else v for k, v in point.case.items()})
+        for point in points
+    ]
+    return {point.key: point for point in found}
+
+
+def _environment_of(source: Path, out: Path) -> Path | None:
+    """The base's own interpreter where it is tested with other versions than head; None where they are the same."""
+    theirs, ours = source / "constraints.txt", Path(_git("rev-parse", "--show-toplevel")) / "constraints.txt"
+    if not theirs.exists() or not ours.exists() or theirs.read_bytes() == ours.read_bytes():
+        return None
+    folder = out / "environment"
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if not ready.exists():
+        venv.create(folder, with_pip=True, clear=True)
+        install = (str(python), "-m", "pip", "install", "-q", "-c", str(theirs), str(source))
+        ran = subprocess.run(install, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            said = ran.stderr.strip().splitlines()
+            raise RequestError(f"the base's versions cannot be installed: {said[-1] if said else 'no word'}")
+        ready.touch()
+    return python
