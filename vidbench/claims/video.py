@@ -1,0 +1,320 @@
+"""Claims about pooling, fusion, optical flow and 3D convolution."""
+
+from __future__ import annotations
+
+from vidbench.claims import Claim, Experiment, Plot, Prediction, per_seed
+from vidbench.claims.protocols import (
+    AMPLITUDE_STEPS,
+    BOTH,
+    CLEARLY,
+    LONG_KERNEL,
+    MATTERS,
+    OWN,
+    PERCENT,
+    POINTS,
+    SPATIAL,
+    TEMPORAL,
+    TIMES,
+    Size,
+    coarser,
+    difference,
+    experiments,
+    named,
+    ratio,
+    reaches,
+)
+from vidbench.sweep import Value
+
+
+def pooling_loses_order(size: Size) -> Claim:
+    pools = {"frame_pool_avg": "average", "frame_pool_max": "max"}
+    return Claim(
+        name="pooling_loses_order",
+        says="Pooling the features of frames over time loses temporal information.",
+        source="Ng et al. (2015), arXiv:1503.08909, §3.2: pooled representations are order invariant",
+        protocol="Average and max pooling against an LSTM over the same 2D CNN, on the order of three events. "
+        "Every class shows the very same frames, so pools are at chance by construction; whether order can be read "
+        "at all is what the LSTM shows, and appearance that the pools were trained well enough.",
+        experiments=(
+            *experiments("trial", size, (*pools, "cnn_lstm"), 200, task="frame_order"),
+            *experiments("trial", size, tuple(pools), 200, task="appearance"),
+        ),
+        predictions=tuple(
+            Prediction(
+                f"an LSTM is more accurate than {words} pooling",
+                POINTS,
+                CLEARLY,
+                difference(named("cnn_lstm"), named(pool), task="frame_order"),
+            )
+            for pool, words in pools.items()
+        ),
+        controls=tuple(
+            reaches(f"{words} pooling reaches 85 % on appearance", 85, model=pool, task="appearance")
+            for pool, words in pools.items()
+        ),
+        plot=Plot("task", "top1", "model", "", "top-1 accuracy", percent=True),
+    )
+
+
+def pooling_salient(size: Size) -> Claim:
+    pools = {"frame_pool_avg": "average", "frame_pool_max": "max"}
+    return Claim(
+        name="pooling_favours_salient_frames",
+        says="Pooling favours salient frames.",
+        source="lecture notes on video classification",
+        protocol="A clip shows one shape strongly in four of its sixteen frames and another one faintly in the other "
+        "twelve. Salient frames are favoured where the four outvote the twelve. Both kinds of clip were trained on, "
+        "each by itself, and both shapes by themselves must be recognised.",
+        experiments=experiments("salience", size, tuple(pools), 250, strong=256, faint=160),
+        predictions=tuple(
+            Prediction(
+                f"{words} pooling answers the four salient frames rather than the twelve others",
+                PERCENT,
+                50.0 + MATTERS,
+                lambda table, pool=pool: [  # type: ignore[misc]
+                    100 * one for one in per_seed(table, "preference", model=pool, share=0.25)
+                ],
+            )
+            for pool, words in pools.items()
+        ),
+        controls=tuple(
+            Prediction(
+                f"{words} pooling recognises {kind} shapes by themselves",
+                PERCENT,
+                80.0,
+                lambda table, pool=pool, value=value, share=share: [  # type: ignore[misc]
+                    100 * one for one in per_seed(table, value, model=pool, share=share)
+                ],
+            )
+            for pool, words in pools.items()
+            for kind, value, share in (("strong", "salient", 1.0), ("faint", "faint", 0.0))
+        ),
+        plot=Plot(
+            "share", "preference", "model", "share of salient frames", "answers that are the salient shape",
+            percent=True, level=0.5,
+        ),
+    )  # fmt: skip
+
+
+def conv3d_reads_order(size: Size) -> Claim:
+    tasks = ("frame_order", "time_direction")
+    return Claim(
+        name="conv3d_beats_pooling_on_order",
+        says="3D convolution models motion and order, which pooling over 2D features does not.",
+        source="Tran et al. (2015), arXiv:1412.0767, §3.1",
+        protocol="C3D against the average over a 2D CNN's frames, which is at chance by construction, on the order "
+        "of three events and on the direction of time; that the pool was trained well enough is seen on appearance.",
+        experiments=(
+            *(one for task in tasks for one in experiments("trial", size, ("frame_pool_avg", "c3d"), 200, task=task)),
+            *experiments("trial", size, ("frame_pool_avg",), 200, task="appearance"),
+        ),
+        predictions=tuple(
+            Prediction(
+                f"C3D is more accurate than average pooling on {task}",
+                POINTS,
+                CLEARLY,
+                difference(named("c3d"), named("frame_pool_avg"), task=task),
+            )
+            for task in tasks
+        ),
+        controls=(
+            reaches("average pooling reaches 85 % on appearance", 85, model="frame_pool_avg", task="appearance"),
+        ),
+        plot=Plot("task", "top1", "model", "", "top-1 accuracy", percent=True),
+    )
+
+
+def rigid_kernels(size: Size) -> Claim:
+    names = {"c3d": "C3D", LONG_KERNEL: "C3D with a long first kernel"}
+    return Claim(
+        name="rigid_kernels_miss_subtle_motion",
+        says="The rigid 3×3×3 kernel of 3D networks misses subtle motion.",
+        source="lecture notes on video classification",
+        protocol="Which way a texture moves, by a sixteenth of a pixel to eight in all: the amplitude at which "
+        "accuracy passes 75 %, of C3D, and of C3D whose first kernel extends over eleven frames instead of three. "
+        "The first half of the training shows the largest motion alone.",
+        experiments=experiments("amplitude", size, tuple(names), AMPLITUDE_STEPS, pattern="texture"),
+        predictions=(coarser("C3D needs larger motions with the 3×3×3 kernel", "c3d", LONG_KERNEL),),
+        plot=Plot(
+            "amplitude", "top1", "model", "motion in all, pixels", "top-1 accuracy", log_x=True, percent=True, level=0.5
+        ),
+        controls=tuple(
+            reaches(f"{words} tells the largest motion", 85, model=name, amplitude=8.0) for name, words in names.items()
+        ),
+    )
+
+
+def flow_is_short_term(size: Size) -> Claim:
+    near, far = "motion_order", "motion_order:clip_length=26:delay=12"
+    return Claim(
+        name="flow_is_short_term",
+        says="Optical flow captures short-term motion only.",
+        source="Wang et al. (2016), arXiv:1608.00859, §1",
+        protocol="Which of two movements comes first. The temporal stream sees ten flow fields (DIS) at a time, at "
+        "every fifth frame, and averages: one after the other, both movements fit into ten fields; 16 frames apart "
+        "they do not, and an average does not know what came first. C3D, which sees the whole clip, shows that the "
+        "distant order can be read.",
+        experiments=(
+            *experiments("trial", size, (TEMPORAL,), 250, task=near),
+            *experiments("trial", size, (TEMPORAL, "c3d"), 250, task=far),
+        ),
+        predictions=(
+            Prediction(
+                "flow tells the order of movements far better when they are near",
+                POINTS,
+                CLEARLY,
+                difference({"task": near}, {"task": far}, model=TEMPORAL),
+            ),
+            Prediction(
+                "a network over the whole clip tells the distant order better than flow",
+                POINTS,
+                CLEARLY,
+                difference(named("c3d"), named(TEMPORAL), task=far),
+            ),
+        ),
+        plot=Plot("task", "top1", "model", "", "top-1 accuracy", percent=True, level=0.5),
+    )
+
+
+def streams_complement(size: Size) -> Claim:
+    task, apart = "shape_direction", {SPATIAL: "spatial", TEMPORAL: "temporal"}
+    return Claim(
+        name="two_streams_complement_each_other",
+        says="The spatial and the temporal stream complement each other.",
+        source="Simonyan & Zisserman (2014), arXiv:1406.2199, §5",
+        protocol="Which of three shapes moves, and which way: of six classes a single frame tells three apart and "
+        "motion two. Each stream by itself and both together, their scores averaged.",
+        experiments=experiments("trial", size, (*apart, BOTH), 350, task=task),
+        predictions=tuple(
+            Prediction(
+                f"together they are more accurate than the {words} stream",
+                POINTS,
+                MATTERS,
+                difference(named(BOTH), named(name), task=task),
+            )
+            for name, words in apart.items()
+        ),
+        plot=Plot("model", "top1", "model", "", "top-1 accuracy", percent=True, level=1 / 6),
+    )
+
+
+def streams_are_not_aligned(size: Size) -> Claim:
+    task = "colour_binding"
+    return Claim(
+        name="two_streams_are_not_aligned",
+        says="Nothing aligns the two streams: what was seen to move is not known to be what was seen.",
+        source="Feichtenhofer, Pinz & Zisserman (2016), arXiv:1604.06573, §1",
+        protocol="A red and a blue disc move in opposite ways: which goes where? Both colours and both motions are "
+        "in every clip, and the discs have one luminance, so that flow cannot tell them apart. Two streams, their "
+        "scores averaged, against C3D; that the temporal stream reads such motion is seen on the direction of time.",
+        experiments=(
+            *experiments("trial", size, (BOTH, "c3d"), 350, task=task),
+            *experiments("trial", size, (TEMPORAL,), 150, task="time_direction"),
+        ),
+        predictions=(
+            Prediction(
+                "a 3D network is more accurate than two streams",
+                POINTS,
+                CLEARLY,
+                difference(named("c3d"), named(BOTH), task=task),
+            ),
+        ),
+        controls=(reaches("the temporal stream reads motion", 85, model=TEMPORAL, task="time_direction"),),
+        plot=Plot("task", "top1", "model", "", "top-1 accuracy", percent=True, level=0.5),
+    )
+
+
+def slow_fusion_is_best(size: Size) -> Claim:
+    task, others = "random_dots:clip_length=10", {"early_fusion": "early", "late_fusion": "late"}
+    return Claim(
+        name="slow_fusion_is_best",
+        says="Slow fusion does better than early and late fusion.",
+        source="Karpathy et al. (2014), §4.1 and table 1",
+        protocol="The three at an eighth of their width on the motion of short-lived dots over ten frames, on "
+        "equally many clips. Late fusion sees the first and the last frame, between which every dot was born anew: "
+        "it is at chance by construction.",
+        experiments=experiments("trial", size, (*others, "slow_fusion"), 250, task=task),
+        predictions=tuple(
+            Prediction(
+                f"slow fusion is more accurate than {words} fusion",
+                POINTS,
+                1.0,
+                difference(named("slow_fusion"), named(name), task=task),
+            )
+            for name, words in others.items()
+        ),
+        controls=(reaches("slow fusion reads the motion", 60, model="slow_fusion", task=task),),
+        plot=Plot("model", "top1", "model", "", "top-1 accuracy", percent=True, level=0.5),
+    )
+
+
+def twice_the_nonlinearities(size: Size) -> Claim:
+    factorised: dict[str, Value] = {"model": "r2plus1d_18", "mid_channels": "per_convolution"}
+    whole: dict[str, Value] = {"model": "r3d_18"}
+    params = ratio("params", named("r2plus1d_18"), whole)
+    return Claim(
+        name="r2plus1d_doubles_nonlinearities",
+        says="R(2+1)D has nearly twice the non-linearities of R3D at equal parameters.",
+        source="Tran et al. (2018), arXiv:1711.11248, §3.5",
+        protocol="Rectifications in one forward pass, and parameters, of the 18-layer networks at full width, with "
+        "the paper's rule for the channels between the two convolutions: counted.",
+        experiments=(Experiment("relus", factorised, 0), Experiment("relus", whole, 0)),
+        predictions=(
+            Prediction(
+                "R(2+1)D rectifies nearly twice as often", "times as often", 1.8,
+                ratio("relus", named("r2plus1d_18"), whole), exact=True,
+            ),
+            Prediction(
+                "their parameters agree", "% apart", 1.0,
+                lambda table: [100 * abs(one - 1) for one in params(table)], less=True, exact=True,
+            ),
+        ),
+        plot=Plot("model", "relus", "model", "", "rectifications in a forward pass"),
+    )  # fmt: skip
+
+
+def easier_to_optimise(size: Size) -> Claim:
+    task = "time_direction"
+    return Claim(
+        name="r2plus1d_is_easier_to_optimise",
+        says="R(2+1)D is easier to optimise than R3D.",
+        source="Tran et al. (2018), arXiv:1711.11248, §3.5 and figure 3",
+        protocol="Training loss, the mean over equally many steps, the networks at a sixteenth of their width, on the "
+        "direction of time; each at the better of two learning rates.",
+        experiments=experiments("trial", size, ("r2plus1d_18", "r3d_18"), 150, rates=(5e-3, 1e-2), task=task),
+        predictions=(
+            Prediction(
+                "R3D's training loss is higher",
+                "nats",
+                0.02,
+                difference(named("r3d_18"), named("r2plus1d_18"), "loss", 1.0, task=task),
+            ),
+        ),
+        plot=Plot("model", "loss", "model", "", "mean training loss, nats"),
+    )
+
+
+def bottlenecks_pay(size: Size) -> Claim:
+    naive = f"{OWN}:i3d_without_bottlenecks"
+    return Claim(
+        name="inception_bottlenecks_pay",
+        says="The 1×1×1 bottlenecks make an Inception block cheap.",
+        source="Szegedy et al. (2015), arXiv:1409.4842, §4",
+        protocol="I3D at half its width with and without the bottlenecks before its 3×3×3 convolutions, one clip "
+        "of 16 frames of 112×112 pixels, in turn: MACs, counted, and latency.",
+        experiments=tuple(
+            Experiment("cost", {"clip_length": 16, "input_size": 112, "width_multiplier": 0.5}, seed)
+            for seed in range(1, size.seeds + 1)
+        ),
+        predictions=(
+            Prediction(
+                "without them there are more multiply-adds", "times as many", TIMES,
+                ratio("macs", named(naive), named("i3d_rgb")), exact=True,
+            ),
+            Prediction(
+                "without them it takes longer", "times as long", TIMES,
+                ratio("latency_s", named(naive), named("i3d_rgb")),
+            ),
+        ),
+        plot=Plot("model", "latency_s", "model", "", "seconds per clip"),
+    )  # fmt: skip
