@@ -239,6 +239,7 @@ app.command()(cli_training.evaluate)
 app.command()(cli_training.pick)
 app.command()(cli_claims.claims)
 app.command()(cli_compare.compare)
+app.command()(cli_compare.gate)
 app.add_typer(cli_compare.baseline, name="baseline")
 
 

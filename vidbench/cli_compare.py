@@ -1,14 +1,21 @@
-"""The commands that compare runs and keep baselines."""
+"""The commands that compare runs and revisions, and keep baselines."""
 
 from __future__ import annotations
 
+import datetime
+import shlex
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vidbench.progress import Bar
+from vidbench.sweep import RequestError, parse_axes
+
 if TYPE_CHECKING:
+    from vidbench.gate import Step
     from vidbench.results import Run
 
 
@@ -48,6 +55,55 @@ def compare(
     found = judge(before, after, baselines=others)
     typer.echo(FORMATS[output.value](found, before, after))
     raise typer.Exit(found.exit_code)
+
+
+def gate(
+    base: Annotated[str, typer.Option("--base", metavar="REV", help="The revision to compare with, as git names it.")],
+    suite: Annotated[str, typer.Argument(help="Of `vidbench list suites`.")] = "quick",
+    axis: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, as of `vidbench sweep`.")
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.0, help="Minutes after which no further round is begun.")] = 20.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for both runs; default: runs/<utc>-gate.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what lies in --out.")] = False,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,
+    output: FormatOption = ComparisonFormat.text,
+) -> None:
+    """Measure a base revision and this one in turn and judge; exit code 1 if anything became worse."""
+    from vidbench.compare_text import FORMATS
+    from vidbench.gate import gate as run
+
+    if resume and out is None:
+        raise RequestError("--resume needs --out DIR: the folder to go on with")
+    folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-gate"
+    bar = Bar(sys.stderr)
+    try:
+        found = run(
+            base, suite, out=folder, axes=parse_axes(axis or ()), budget_s=60 * budget, timeout_s=timeout,
+            resume=resume, command=shlex.join(["vidbench", *sys.argv[1:]]), progress=lambda step: _tell(bar, step),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        typer.echo(f"vidbench: interrupted; what was measured is kept: add --resume --out {folder} to go on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        bar.close()
+    typer.echo(FORMATS[output.value](found.comparison, found.base, found.head))
+    if output is ComparisonFormat.text:
+        typer.echo(f"{found.rounds} rounds: {found.stopped}")
+    raise typer.Exit(found.comparison.exit_code)
+
+
+def _tell(bar: Bar, step: Step) -> None:
+    if step.comparison is not None:
+        counts = ", ".join(f"{number} {verdict}" for verdict, number in step.comparison.counts().items())
+        bar.say(f"after {step.round} rounds: {counts}", notable=True)
+        return
+    measured = step.measurement
+    if measured is not None:
+        what = f"round {step.round}  {step.side}  {measured.point.workload}/{measured.point.implementation}"
+        bar.update(step.done, step.of, what)
+        if measured.status not in ("ok", "skipped"):
+            bar.say(f"{what}: {measured.status}: {measured.reason}", notable=True)
 
 
 def _load(path: Path) -> Run:

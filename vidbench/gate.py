@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,8 +98,9 @@ def gate(
     seconds = seconds or planned.seconds
     commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
     with _checkout(commit, out) as source, ExitStack() as stack:
-        points = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
-        points |= _points_of(source, suite, axes or {})
+        ours = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
+        theirs = _points_of(source, suite, axes or {})
+        points = ours | theirs
         device, dtypes = devices(_as_sweeps(points.values()))
         python = _environment_of(source, out)
         engines = {
@@ -109,7 +110,7 @@ def gate(
         }
         for engine in engines.values():
             stack.enter_context(engine)
-        head_here = {point.workload: point.kind for point in _known(points.values())}
+        head_here = {point.workload: point.kind for point in ours.values()}
         described, _ = engines["head"].describe(device, dtypes, head_here)
         of_base, _ = engines["base"].describe(device, dtypes, {})
         # Ceilings are the machine's: both sides are held against the same.
@@ -123,8 +124,17 @@ def gate(
             side: stack.enter_context(_writer(out / side, suite, planned.sweeps, environments[side], command, resume))
             for side in SIDES
         }
+        wanted = {"base": theirs.keys(), "head": ours.keys(), "again": ours.keys() & theirs.keys()}
         rounds, stopped = _rounds(
-            list(points.values()), engines, writers, environments, out, seconds, time.monotonic() + budget_s, progress
+            list(points.values()),
+            wanted,
+            engines,
+            writers,
+            environments,
+            out,
+            seconds,
+            time.monotonic() + budget_s,
+            progress,
         )
     sides = {side: results.load(out / side) for side in SIDES}
     return Gated(
@@ -142,6 +152,7 @@ def _rate() -> float:
 
 def _rounds(
     points: Sequence[Point],
+    wanted: Mapping[str, Set[str]],
     engines: dict[str, LocalEngine],
     writers: dict[str, results.RunWriter],
     environments: dict[str, Environment],
@@ -150,7 +161,10 @@ def _rounds(
     deadline: float,
     progress: Callable[[Step], None],
 ) -> tuple[int, str]:
-    """Rounds and looks, until nothing is open; how many rounds there were, and why they ended."""
+    """Rounds and looks, until nothing is open; how many rounds there were, and why they ended.
+
+    What one side alone has is measured there in the first round, to see that it runs at all.
+    """
     open_points = list(points)
     number = 0
     for look in LOOKS:
@@ -166,7 +180,8 @@ def _rounds(
                 first = (number + index) % len(SIDES)
                 for side in (*SIDES[first:], *SIDES[:first]):
                     done += 1
-                    if (point.key, number) in writers[side].done:
+                    alone = point.key not in wanted["again"] and number > 1
+                    if alone or point.key not in wanted[side] or (point.key, number) in writers[side].done:
                         continue
                     measured = engines[side].measure(point, number, environments[side], seconds=seconds, video=None)
                     writers[side].append(measured)
@@ -193,14 +208,6 @@ def _as_sweeps(points: Iterable[Point]) -> tuple[Sweep, ...]:
         )
         for point in points
     )  # fmt: skip
-
-
-def _known(points: Iterable[Point]) -> list[Point]:
-    """Points whose workload this revision has; the others have no implementation to be described."""
-    from vidbench.models import MODELS
-    from vidbench.suites import OP_AXES
-
-    return [point for point in points if point.workload in MODELS or point.workload in OP_AXES]
 
 
 def _writer(

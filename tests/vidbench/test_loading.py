@@ -271,7 +271,7 @@ def test_broken_files_end_it_where_that_is_asked(holed: VideoDataset, workers: i
         with pytest.raises(RequestError) as caught:
             take(iterator, 8)
         assert "\n" not in str(caught.value)
-        assert str(caught.value).endswith("; repair or remove it, or ask for on_error='skip'")
+        assert str(caught.value).endswith("; repair or remove it, or skip it: on_error='skip', --on-error skip")
 
 
 def test_a_dataset_of_broken_files_alone_is_said(tmp_path: Path) -> None:

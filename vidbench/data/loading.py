@@ -259,7 +259,7 @@ class VideoBatches:
         if dataset.missing and on_error == "fail":
             raise RequestError(
                 f"{dataset.path}: {len(dataset.missing)} of {len(dataset.missing) + len(dataset.videos)} listed videos "
-                f"are not there, such as {dataset.missing[0]}; get them, or ask for on_error='skip'"
+                f"are not there, such as {dataset.missing[0]}; get them, or skip them: on_error='skip', --on-error skip"
             )
         self.dataset, self.reader, self.batch_size = dataset, reader, batch_size
         self.problems: dict[str, str] = dict.fromkeys(dataset.missing, "not there")
@@ -362,7 +362,9 @@ class VideoBatches:
                 warnings.warn(note, VideoWarning, stacklevel=3)
         for path, reason in sample.failures:
             if self._on_error == "fail":
-                raise RequestError(f"{_said(path, reason)}; repair or remove it, or ask for on_error='skip'")
+                raise RequestError(
+                    f"{_said(path, reason)}; repair or remove it, or skip it: on_error='skip', --on-error skip"
+                )
             self.problems.setdefault(path, reason)
 
     def _batch(self, samples: Sequence[_Sample]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,149 @@
+"""The gate on a small repository of our own sources: what passes, what fails, what is named, what survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vidbench.results import load
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "conv3d", "--axis", "implementation=library", "--axis", "memory_format=contiguous", "--axis", "clip_length=4",
+    "--axis", "batch_size=1", "--axis", "input_size=8", "--axis", "in_channels=16", "--axis", "out_channels=16",
+    "--axis", "kernel_size=3", "--axis", "stride=1",
+]  # fmt: skip
+"""One point."""
+
+KERNEL = Path("kernels/vidkernels/conv3d/library.py")
+CALL = "    y = F.conv3d(x, weight, bias, stride, padding, dilation)\n"
+
+
+def git(*arguments: str, cwd: Path) -> str:
+    named = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org", *arguments)
+    return subprocess.run(named, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose head and `base` are these sources."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    folder = tmp_path_factory.mktemp("repository")
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(ROOT / "vidbench", folder / "vidbench", ignore=ignored)
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=ignored)
+    shutil.copy(ROOT / "constraints.txt", folder)
+    (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
+    git("init", "-q", cwd=folder)
+    git("add", "-A", cwd=folder)
+    git("commit", "-qm", "base", cwd=folder)
+    git("tag", "base", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def head(repository: Path) -> Path:
+    """The repository with a clean head."""
+    git("checkout", "-q", "--force", "base", cwd=repository)
+    return repository
+
+
+def command(repository: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(repository), str(repository / "kernels")))}
+    return [sys.executable, "-m", "vidbench.cli", "gate", *arguments], environ
+
+
+def gate(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line, environ = command(repository, *arguments)
+    return subprocess.run(line, cwd=repository, env=environ, capture_output=True, text=True, check=False)
+
+
+def planted(repository: Path, path: Path, before: str, after: str) -> None:
+    text = (repository / path).read_text()
+    assert text.count(before) == 1
+    (repository / path).write_text(text.replace(before, after))
+    git("commit", "-qam", "planted", cwd=repository)
+
+
+def test_a_slower_op_fails_and_is_named(head: Path) -> None:
+    planted(head, KERNEL, CALL, CALL + 3 * "    F.conv3d(x, weight, bias, stride, padding, dilation)\n")
+    ended = gate(head, "--base", "base", *SMALL, "--out", "runs/slower", "--format", "json")
+    assert ended.returncode == 1, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    (one,) = found["points"]
+    assert one["verdict"] == "SLOWER"
+    assert one["point"].startswith("conv3d/library/forward")
+    assert one["ratio"] > 1.5
+    assert found["base"]["git_commit"] == git("rev-parse", "base", cwd=head)
+    assert found["new"]["git_commit"] == git("rev-parse", "HEAD", cwd=head)
+    # The worktree of the base is gone, what was measured is kept.
+    assert git("worktree", "list", cwd=head).count("\n") == 0
+    assert not (head / "runs/slower/source").exists()
+    sides = [load(head / "runs/slower" / side) for side in ("base", "head", "again")]
+    assert len({len(side.measurements) for side in sides}) == 1
+    assert len(sides[0].measurements) in (6, 12, 20, 30)
+
+
+def test_a_deleted_benchmark_fails(head: Path) -> None:
+    planted(
+        head, Path("vidbench/suites.py"), "CONV3D_LAYERS)),\n        Suite(\n", "CONV3D_LAYERS[1:])),\n        Suite(\n"
+    )
+    ended = gate(head, "--base", "base", *SMALL[:9], "--axis", "input_size=8", "--budget", "0", "--out", "runs/deleted")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "1 missing" in ended.stdout.splitlines()[0]
+    assert "it is not in NEW" in ended.stdout
+
+
+def test_an_implementation_that_is_gone_fails(head: Path) -> None:
+    planted(head, KERNEL, '@OP.implementation("library")\n', '@OP.implementation("biblioteca")\n')
+    ended = gate(head, "--base", "base", *SMALL, "--budget", "0", "--out", "runs/gone")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "MISSING: 1" in ended.stdout
+    assert "skipped: " in ended.stdout
+
+
+def test_no_change_passes_and_a_killed_gate_is_gone_on_with(head: Path) -> None:
+    line, environ = command(head, "--base", "base", *SMALL, "--budget", "0", "--out", "runs/same")
+    process = subprocess.Popen(line, cwd=head, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lines = head / "runs/same/again/measurements.jsonl"
+    deadline = time.monotonic() + 240
+    while not lines.exists() or lines.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {side: (head / "runs/same" / side / "measurements.jsonl").read_bytes() for side in ("base", "head")}
+    ended = gate(head, "--base", "base", *SMALL, "--budget", "0", "--out", "runs/same", "--resume")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "6 rounds: " in ended.stdout
+    for side, kept in before.items():
+        after = (head / "runs/same" / side / "measurements.jsonl").read_bytes()
+        assert after.startswith(kept[: kept.rfind(b"\n") + 1])
+        assert [one.round for one in load(head / "runs/same" / side).measurements] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--base", "no-such-revision"], "git rev-parse --verify no-such-revision^{commit}: "),
+        (["--base", "base", "conv4d"], "unknown suite 'conv4d': did you mean 'conv3d'?"),
+        (["--base", "base", "--resume"], "--resume needs --out DIR"),
+    ],
+)
+def test_a_bad_request_is_one_line_and_exit_code_2(head: Path, arguments: list[str], said: str) -> None:
+    ended = gate(head, *arguments)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("vidbench: error: ")
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
