@@ -95,13 +95,13 @@ def test_a_slower_op_fails_and_is_named(head: Path) -> None:
 
 
 def test_a_deleted_benchmark_fails(head: Path) -> None:
-    planted(
-        head, Path("vidbench/suites.py"), "CONV3D_LAYERS)),\n        Suite(\n", "CONV3D_LAYERS[1:])),\n        Suite(\n"
-    )
-    ended = gate(head, "--base", "base", *SMALL[:9], "--axis", "input_size=8", "--budget", "0", "--out", "runs/deleted")
+    sweeps = '            _conv_sweeps("depthwise_conv3d", DEPTHWISE_LAYERS),'
+    planted(head, Path("vidbench/suites.py"), sweeps, sweeps.replace("LAYERS", "LAYERS[2:]"))
+    small = ["depthwise", *SMALL[1:9], "--axis", "input_size=8"]
+    ended = gate(head, "--base", "base", *small, "--budget", "0", "--out", "runs/deleted")
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "1 missing" in ended.stdout.splitlines()[0]
-    assert "it is not in NEW" in ended.stdout
+    assert ended.stdout.splitlines()[0] == "WORSE: 2 missing of 4 points"
+    assert ended.stdout.count("it is not in NEW") == 2
 
 
 def test_an_implementation_that_is_gone_fails(head: Path) -> None:
