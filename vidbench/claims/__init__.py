@@ -208,7 +208,10 @@ def said(found: Interval, prediction: Prediction) -> str:
     """An effect in words: 12.3 (10.1 to 14.5) points."""
     if prediction.exact:
         return f"{found.mean:.4g} {prediction.unit}".rstrip()
-    return f"{found.mean:.3g} ({found.low:.3g} to {found.high:.3g}) {prediction.unit}".rstrip()
+    low, high = found.low, found.high
+    if prediction.unit == "%":  # a t interval knows of no ends
+        low, high = max(low, 0.0), min(high, 100.0)
+    return f"{found.mean:.3g} ({low:.3g} to {high:.3g}) {prediction.unit}".rstrip()
 
 
 def _judged(prediction: Prediction, table: pd.DataFrame) -> Judged:

@@ -144,8 +144,8 @@ def _train_on_all(
 
 
 AMPLITUDES = {
-    "texture": (0.0625, 0.125, 0.25, 0.5, 1.0, 8.0),
-    "disc": (0.75, 1.5, 3.0, 6.0, 12.0, 48.0),
+    "texture": (0.015625, 0.03125, 0.0625, 0.125, 0.25, 8.0),
+    "disc": (0.1875, 0.375, 0.75, 1.5, 3.0, 48.0),
 }
 """Pixels from a clip's first frame to its last, by what moves: octaves where models begin to see it, and one beyond."""
 

@@ -431,7 +431,7 @@ def lstm_misses_subtle(size: Size) -> Claim:
         name="lstm_misses_subtle_change",
         says="An LSTM keeps strong temporal change and misses subtle change, which a TCN sees.",
         source="lecture notes on video classification",
-        protocol="Which way a disc moves, by three quarters of a pixel to 48 in all: the amplitude at which accuracy "
+        protocol="Which way a disc moves, by three sixteenths of a pixel to 48 in all: the amplitude at which accuracy "
         "passes 75 %, of an LSTM and of a TCN over the same 2D CNN. The first half of the training shows the "
         "largest motion alone.",
         experiments=experiments("amplitude", size, tuple(names), AMPLITUDE_STEPS, pattern="disc"),

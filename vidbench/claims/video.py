@@ -65,7 +65,7 @@ def pooling_salient(size: Size) -> Claim:
         protocol="A clip shows one shape strongly in four of its sixteen frames and another one faintly in the other "
         "twelve. Salient frames are favoured where the four outvote the twelve. Both kinds of clip were trained on, "
         "each by itself, and both shapes by themselves must be recognised.",
-        experiments=experiments("salience", size, tuple(pools), 250, strong=256, faint=160),
+        experiments=experiments("salience", size, tuple(pools), 400, strong=256, faint=160),
         predictions=tuple(
             Prediction(
                 f"{words} pooling answers the four salient frames rather than the twelve others",
@@ -130,7 +130,7 @@ def rigid_kernels(size: Size) -> Claim:
         name="rigid_kernels_miss_subtle_motion",
         says="The rigid 3×3×3 kernel of 3D networks misses subtle motion.",
         source="lecture notes on video classification",
-        protocol="Which way a texture moves, by a sixteenth of a pixel to eight in all: the amplitude at which "
+        protocol="Which way a texture moves, by a 64th of a pixel to eight in all: the amplitude at which "
         "accuracy passes 75 %, of C3D, and of C3D whose first kernel extends over eleven frames instead of three. "
         "The first half of the training shows the largest motion alone.",
         experiments=experiments("amplitude", size, tuple(names), AMPLITUDE_STEPS, pattern="texture"),
