@@ -523,7 +523,7 @@ def test_what_is_timed_is_timed_side_by_side() -> None:
     ]  # fmt: skip
     assert all(row["latency_s"] > 0 for row in rows)
     costs = rows_of("cost", clip_length=8, input_size=32, width_multiplier=0.125)
-    assert costs[1]["macs"] > 2 * costs[0]["macs"] > 0
+    assert costs[1]["macs"] > 1.2 * costs[0]["macs"] > 0
 
 
 def test_a_forget_bias_of_five_is_added_to_the_forget_gate_alone() -> None:
