@@ -295,10 +295,10 @@ def _judge_times(
     tested = [one for one in judged if one.effect is not None]
     found = discoveries([one.effect.p for one in tested if one.effect is not None], rate)
     named = {one.point.key for one, is_found in zip(tested, found, strict=True) if is_found}
-    return [verdict_of(one, one.point.key in named, floor) if one.verdict == "UNDECIDED" else one for one in judged]
+    return [_verdict_of(one, one.point.key in named, floor) if one.verdict == "UNDECIDED" else one for one in judged]
 
 
-def verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:
+def _verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:
     """The verdict of one point's time.
 
     Args:
@@ -317,10 +317,10 @@ def verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:
         return replace(one, reason=f"{math.expm1(change):+.1%}, less than two runs may differ by without a cause")
     if abs(change) + one.effect.half_width() <= math.log1p(max(EQUIVALENT, floor)):
         return replace(one, verdict="SAME", reason=f"within {floor:.0%}" if floor > EQUIVALENT else "")
-    return replace(one, reason=f"could have seen {smallest(one.effect, floor):.1%}")
+    return replace(one, reason=f"could have seen {_smallest(one.effect, floor):.1%}")
 
 
-def smallest(effect: Effect, floor: float) -> float:
+def _smallest(effect: Effect, floor: float) -> float:
     """The smallest slowdown that would have been told from none."""
     return max(math.expm1(effect.half_width(1 - FALSE_DISCOVERY_RATE)), floor)
 

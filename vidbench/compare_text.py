@@ -47,18 +47,13 @@ def label(point: Point, apart: Sequence[str]) -> str:
 
 
 def apart(points: Sequence[Point]) -> list[str]:
-    """The axes in which any two points of one workload and implementation differ."""
-    seen: dict[str, set[str]] = {}
-    names = dict.fromkeys((*POINT_AXES, *(name for point in points for name in point.case)))
-    by_workload: dict[str, list[Point]] = {}
-    for point in points:
-        by_workload.setdefault(point.workload, []).append(point)
-    for alike in by_workload.values():
-        for name in names:
-            for point in alike:
-                value = getattr(point, name) if name in POINT_AXES else point.case.get(name, "")
-                seen.setdefault(f"{alike[0].workload} {name}", set()).add(text_of(value))
-    return [name for name in names if any(len(seen.get(f"{workload} {name}", ())) > 1 for workload in by_workload)]
+    """The axes in which any two points of one workload differ."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for name in dict.fromkeys((*POINT_AXES, *(name for point in points for name in point.case))):
+        for point in points:
+            value = getattr(point, name) if name in POINT_AXES else point.case.get(name, "")
+            values.setdefault(name, {}).setdefault(point.workload, set()).add(text_of(value))
+    return [name for name, of in values.items() if any(len(found) > 1 for found in of.values())]
 
 
 def _seconds(value: float | None) -> str:

@@ -14,15 +14,16 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 
+import vidbench
 from vidbench import results
-from vidbench.compare import Comparison, compare
+from vidbench.compare import FALSE_DISCOVERY_RATE, Comparison, compare
 from vidbench.engine import devices
 from vidbench.engine.local import LocalEngine
 from vidbench.records import Environment, Measurement
@@ -101,7 +102,7 @@ def gate(
         ours = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
         theirs = _points_of(source, suite, axes or {})
         points = ours | theirs
-        device, dtypes = devices(_as_sweeps(points.values()))
+        device, dtypes = devices(points.values())
         python = _environment_of(source, out)
         engines = {
             "base": LocalEngine(timeout_s=timeout_s, source=source, python=python),
@@ -125,7 +126,7 @@ def gate(
             for side in SIDES
         }
         wanted = {"base": theirs.keys(), "head": ours.keys(), "again": ours.keys() & theirs.keys()}
-        rounds, stopped = _rounds(
+        comparison, rounds, stopped = _rounds(
             list(points.values()),
             wanted,
             engines,
@@ -136,18 +137,16 @@ def gate(
             time.monotonic() + budget_s,
             progress,
         )
-    sides = {side: results.load(out / side) for side in SIDES}
-    return Gated(
-        compare(sides["base"], sides["head"], again=sides["again"], rate=_rate()), sides["base"], sides["head"],
-        rounds, stopped,
-    )  # fmt: skip
+    return Gated(comparison, results.load(out / "base"), results.load(out / "head"), rounds, stopped)
 
 
-def _rate() -> float:
-    """Of false discoveries at each look."""
-    from vidbench.compare import FALSE_DISCOVERY_RATE
-
-    return FALSE_DISCOVERY_RATE / len(LOOKS)
+def _judged(out: Path, rounds: int) -> Comparison:
+    """What the first rounds say, whatever a gate that was killed has measured beyond them."""
+    base, head, again = (
+        replace(run, measurements=[one for one in run.measurements if one.round <= rounds])
+        for run in (results.load(out / side) for side in SIDES)
+    )
+    return compare(base, head, again=again, rate=FALSE_DISCOVERY_RATE / len(LOOKS))
 
 
 def _rounds(
@@ -160,17 +159,18 @@ def _rounds(
     seconds: float,
     deadline: float,
     progress: Callable[[Step], None],
-) -> tuple[int, str]:
-    """Rounds and looks, until nothing is open; how many rounds there were, and why they ended.
+) -> tuple[Comparison, int, str]:
+    """Rounds and looks, until nothing is open: the last look, how many rounds there were, and why they ended.
 
     What one side alone has is measured there in the first round, to see that it runs at all.
     """
     open_points = list(points)
     number = 0
+    found = Comparison((), ())
     for look in LOOKS:
         while number < look:
             if number >= LOOKS[0] and time.monotonic() > deadline:
-                return number, "the budget is spent"
+                return found, number, "the budget is spent"
             number += 1
             for engine in engines.values():
                 engine.retire()  # a round is a fresh process
@@ -186,28 +186,14 @@ def _rounds(
                     measured = engines[side].measure(point, number, environments[side], seconds=seconds, video=None)
                     writers[side].append(measured)
                     progress(Step(number, done, len(SIDES) * len(open_points), side, measured))
-        sides = [results.load(out / side) for side in SIDES]
-        found = compare(sides[0], sides[1], again=sides[2], rate=_rate())
+        found = _judged(out, number)
+        # Of all points: what a look has decided may be open again where others have changed the chances.
         undecided = {one.point.key for one in found.points if one.verdict == "UNDECIDED"}
-        open_points = [point for point in open_points if point.key in undecided]
+        open_points = [point for point in points if point.key in undecided]
         progress(Step(number, 0, 0, "", comparison=found))
         if not open_points:
-            return number, "every point is decided"
-    return number, "the last look was taken"
-
-
-def _as_sweeps(points: Iterable[Point]) -> tuple[Sweep, ...]:
-    """Points as sweeps of one point each."""
-    return tuple(
-        Sweep(
-            point.workload, point.kind,
-            fixed={
-                **point.case, "implementation": point.implementation, "mode": point.mode, "device": point.device,
-                "dtype": point.dtype, "memory_format": point.memory_format, "regime": point.regime,
-            },
-        )
-        for point in points
-    )  # fmt: skip
+            return found, number, "every point is decided"
+    return found, number, "the last look was taken"
 
 
 def _writer(
@@ -235,16 +221,12 @@ def _git(*arguments: str, cwd: Path | None = None) -> str:
 
 @contextlib.contextmanager
 def _checkout(commit: str, out: Path) -> Iterator[Path]:
-    """The sources of a commit, in a worktree that is removed in the end; one that a kill has left is used again."""
+    """The sources of a commit, in a worktree that is removed in the end; what a kill has left of one is made anew."""
     place = (out / "source").resolve()
-    if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _git("worktree", "prune")
-        _git("worktree", "add", "--detach", "--force", str(place), commit)
-    elif _git("rev-parse", "HEAD", cwd=place) != commit:
-        raise RequestError(
-            f"{out} is of another base, {_git('rev-parse', 'HEAD', cwd=place)[:12]}: choose another --out"
-        )
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _git("worktree", "prune")
+    _git("worktree", "add", "--detach", str(place), commit)
     try:
         if not (place / "kernels" / "vidkernels").is_dir() or not (place / "vidbench" / "suites.py").is_file():
             raise RequestError(
@@ -303,5 +285,9 @@ def _environment_of(source: Path, out: Path) -> Path | None:
         if ran.returncode:
             said = ran.stderr.strip().splitlines()
             raise RequestError(f"the base's versions cannot be installed: {said[-1] if said else 'no word'}")
+        where = (str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
+        harness = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()) / "vidbench"
+        shutil.rmtree(harness)  # head's measures both
+        shutil.copytree(Path(vidbench.__file__).parent, harness)
         ready.touch()
     return python

@@ -56,7 +56,7 @@ def _sweeps(config: pytest.Config) -> tuple[Sweep, ...]:
         wanted = tuple(map(str, axes.pop("implementation", ())))
         planned = plan(config.getoption("--vidbench-suite"), axes=axes)
         timed = tuple(sweep for sweep in planned.sweeps if sweep.kind in ("op", "model"))
-        devices(timed)
+        devices(point for sweep in timed for point in sweep.points())
         return choose(timed, wanted, {sweep.workload: implementations(sweep.workload, sweep.kind) for sweep in timed})
     except RequestError as error:
         raise pytest.UsageError(str(error)) from None
@@ -75,7 +75,7 @@ def _vidbench_environment(pytestconfig: pytest.Config) -> Environment:
     from vidbench.sweep import RequestError
 
     try:
-        return describe(*devices(_sweeps(pytestconfig)))
+        return describe(*devices(point for sweep in _sweeps(pytestconfig) for point in sweep.points()))
     except RequestError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -155,8 +155,8 @@ def at_best_rate(outcomes: pd.DataFrame, value: str, *by: str) -> pd.DataFrame:
         return outcomes
     sign = -1 if value == "loss" else 1
     means = (sign * outcomes[value]).groupby([outcomes[name] for name in (*by, RATE)], dropna=False).mean()
-    best = means.groupby(level=list(range(len(by))), dropna=False).transform("max") if by else means.max()
-    chosen = means[means == best].reset_index()[[*by, RATE]].drop_duplicates(list(by) or None)
+    ranked = means.sort_values(ascending=False, kind="stable").reset_index()[[*by, RATE]]
+    chosen = ranked.drop_duplicates(list(by)) if by else ranked.head(1)
     return outcomes.merge(chosen, on=[*by, RATE])
 
 

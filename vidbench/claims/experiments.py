@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -335,21 +336,15 @@ def _scaling(given: Given, seed: int, device: str) -> list[Row]:
                 model = _sequence_model(name, hidden, length, device).train(mode == "train")
                 features = torch.randn(1, length, hidden, device=device)
             steps[network] = _sequence_step(model, features) if mode == "train" else _forward(model, features)
-        threads = {torch.get_num_threads(), 1} if device == "cpu" and length == lengths[-1] else {0}
-        for count, (network, step) in itertools.product(sorted(threads, reverse=True), steps.items()):
-            before = torch.get_num_threads()
-            torch.set_num_threads(count or before)
+        cores = {"all": torch.get_num_threads()}
+        if device == "cpu" and length == lengths[-1]:
+            cores["one"] = 1
+        for (which, count), (network, step) in itertools.product(cores.items(), steps.items()):
+            torch.set_num_threads(count)
             warm_up(step, timer, seconds=2 * TIMING.seconds)
-            taken = sorted(sample(step, timer, TIMING).device_s)
-            torch.set_num_threads(before)
-            rows.append(
-                {
-                    "network": network,
-                    "clip_length": length,
-                    "threads": count or before,
-                    "latency_s": taken[len(taken) // 2],
-                }
-            )
+            latency = statistics.median(sample(step, timer, TIMING).device_s)
+            rows.append({"network": network, "clip_length": length, "cores": which, "latency_s": latency})
+        torch.set_num_threads(cores["all"])
     return rows
 
 
@@ -379,8 +374,8 @@ def _cost(given: Given, seed: int, device: str) -> list[Row]:
         model, clip = model.to(device), torch.randn(1, 3, length, size, size).to(device)
         forward = _forward(model, clip)
         warm_up(forward, timer, seconds=2 * TIMING.seconds)
-        taken = sorted(sample(forward, timer, TIMING).device_s)
-        rows.append({"model": name, "macs": counts.macs or 0, "latency_s": taken[len(taken) // 2]})
+        latency = statistics.median(sample(forward, timer, TIMING).device_s)
+        rows.append({"model": name, "macs": counts.macs or 0, "latency_s": latency})
     return rows
 
 

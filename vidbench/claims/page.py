@@ -202,8 +202,6 @@ def draw(claim: Claim, outcomes: pd.DataFrame) -> Figure | None:
         outcomes = outcomes[outcomes[name] == value] if name in outcomes else outcomes.iloc[:0]
     if any(name not in outcomes for name in (plot.x, plot.y, plot.hue)):
         return None
-    if "threads" in outcomes:
-        outcomes = outcomes[outcomes["threads"] == outcomes["threads"].max()]
     outcomes = outcomes.dropna(subset=[plot.x, plot.y])
     if not len(outcomes):
         return None

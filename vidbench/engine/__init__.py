@@ -76,7 +76,7 @@ def run(
     seconds = seconds or planned.seconds
     folder = out or new_folder(suite)
     with LocalEngine(timeout_s=timeout_s) as engine:
-        device, dtypes = devices(planned.sweeps)
+        device, dtypes = devices(point for sweep in planned.sweeps for point in sweep.points())
         workloads = {sweep.workload: sweep.kind for sweep in planned.sweeps}
         environment, known = engine.describe(device, dtypes, workloads)
         sweeps = choose(planned.sweeps, wanted, known)
@@ -117,13 +117,13 @@ def new_folder(suite: str) -> Path:
     return Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{suite}"
 
 
-def devices(sweeps: Iterable[Sweep]) -> tuple[str, tuple[str, ...]]:
-    """The device of sweeps, and the dtypes whose ceilings they need.
+def devices(points: Iterable[Point]) -> tuple[str, tuple[str, ...]]:
+    """The device of points, and the dtypes whose ceilings they need.
 
     Raises:
         RequestError: More than one device.
     """
-    points = [point for sweep in sweeps for point in sweep.points()]
+    points = list(points)
     devices = sorted({point.device for point in points if point.kind in ("op", "model")} or {"cpu"})
     if len(devices) > 1:
         raise RequestError(f"one run measures one device, not {' and '.join(devices)}: make a run for each")

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import msgspec
 
-import vidbench
 from vidbench import worker as protocol
 from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
@@ -46,7 +45,7 @@ class LocalEngine:
     Args:
         timeout_s: A point that takes longer is given up, with its worker.
         source: A checkout whose vidkernels and models are measured, instead of those installed.
-        python: The interpreter of the workers; this one where not given.
+        python: The interpreter of the workers, of an environment with this harness; this one where not given.
     """
 
     def __init__(self, *, timeout_s: float, source: Path | None = None, python: Path | None = None) -> None:
@@ -55,8 +54,6 @@ class LocalEngine:
         self._environ = dict(os.environ)
         if source is not None:
             self._environ[protocol.SOURCE] = str(source)
-        if python is not None:  # another environment has not this harness
-            self._environ["PYTHONPATH"] = str(Path(vidbench.__file__).resolve().parents[1])
         self._server: subprocess.Popen[bytes] | None = None
         self._worker: _Worker | None = None
 
