@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
-from vidbench.results import HEADER, LINES, Run, load
+from vidbench.results import HEADER, LINES, Run, folder_name, load
 from vidbench.sweep import RequestError
 
 FOLDER = Path("reports") / "baselines"
@@ -14,9 +13,7 @@ FOLDER = Path("reports") / "baselines"
 
 def place_of(run: Run, root: Path = FOLDER) -> Path:
     """Where baselines of a run's machine and suite lie."""
-    words = (run.environment.machine or "unknown machine", run.suite)
-    machine, suite = (re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words)
-    return root / machine / suite
+    return root / folder_name(run.environment.machine or "unknown machine", run.suite)
 
 
 def save(run: Run, root: Path = FOLDER) -> Path:

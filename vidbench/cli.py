@@ -6,6 +6,7 @@ import json
 import shlex
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -38,6 +39,13 @@ class Format(StrEnum):
 
     text = "text"
     json = "json"
+
+
+class EngineName(StrEnum):
+    """Who runs the points of a sweep."""
+
+    local = "local"
+    ray = "ray"
 
 
 class Topic(StrEnum):
@@ -92,9 +100,12 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<utc>-<suite>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Do only what the folder given by --out lacks.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,
+    engine: Annotated[
+        EngineName, typer.Option(help="local: this machine; ray: the nodes of the running Ray cluster.")
+    ] = EngineName.local,
 ) -> None:
     """Measure a suite: check, time, count, and write a run folder."""
-    from vidbench.engine import new_folder, run
+    from vidbench.engine import new_folder, runs
 
     if resume and out is None:
         raise RequestError("--resume needs --out DIR: the folder to go on with")
@@ -104,8 +115,9 @@ def sweep(
     texts += [f"{name}={value}" for name, value in given.items() if value is not None]
     show = Show(sys.stderr)
     try:
-        done = run(
+        done = runs(
             suite,
+            engine=engine.value,
             axes=_axes(texts),
             models=model or (),
             rounds=rounds,
@@ -115,18 +127,17 @@ def sweep(
             video=video,
             command=shlex.join(["vidbench", *sys.argv[1:]]),
             progress=show,
+            tell=show.tell,
         )
     except KeyboardInterrupt:
         typer.echo(f"vidbench: interrupted; what was measured is kept: add --resume --out {out} to go on", err=True)
         raise typer.Exit(130) from None
     finally:
         show.close()
-    counts: dict[str, int] = {}
-    for measurement in done.measurements:
-        counts[measurement.status] = counts.get(measurement.status, 0) + 1
-    summary = ", ".join(f"{number} {status}" for status, number in counts.items())
-    typer.echo(f"{done.folder}: {summary}")
-    typer.echo(f"next: vidbench report {done.folder}")
+    for run in done:
+        counts = Counter(measurement.status for measurement in run.measurements)
+        typer.echo(f"{run.folder}: {', '.join(f'{number} {status}' for status, number in counts.items())}")
+    typer.echo(f"next: vidbench report {' '.join(str(run.folder) for run in done)}")
 
 
 def _axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
@@ -240,6 +251,7 @@ app.command()(cli_training.pick)
 app.command()(cli_claims.claims)
 app.command()(cli_compare.compare)
 app.command()(cli_compare.gate)
+app.command()(cli_compare.history)
 app.add_typer(cli_compare.baseline, name="baseline")
 
 
@@ -368,11 +380,19 @@ class Show:
 
     def __call__(self, progress: Progress) -> None:
         point, measurement = progress.point, progress.measurement
-        what = f"round {progress.round}  {point.workload}/{point.implementation} {point.mode}"
+        node = f"  on {progress.node}" if progress.node else ""
+        what = f"round {progress.round}  {point.workload}/{point.implementation} {point.mode}{node}"
         self.bar.update(progress.done, progress.total, what)
         if measurement is not None:
-            line = f"[{progress.done}/{progress.total}] round {progress.round} {_line(measurement)}"
+            line = f"[{progress.done}/{progress.total}] round {progress.round} {_line(measurement)}{node}"
             self.bar.say(line, notable=measurement.status != "ok")
+
+    def tell(self, line: str) -> None:
+        """A line on what happens besides the points."""
+        if self.bar.bar is None:
+            print(f"vidbench: {line}", file=self.bar.stream, flush=True)
+        else:
+            self.bar.say(f"vidbench: {line}", notable=True)
 
     def close(self) -> None:
         """Ends the bar."""

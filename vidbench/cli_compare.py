@@ -28,6 +28,13 @@ class ComparisonFormat(StrEnum):
     junit = "junit"
 
 
+class HistoryFormat(StrEnum):
+    """How a history is printed."""
+
+    text = "text"
+    json = "json"
+
+
 FormatOption = Annotated[ComparisonFormat, typer.Option("--format", help="text, markdown, json or junit.")]
 
 
@@ -104,6 +111,40 @@ def _tell(bar: Bar, step: Step) -> None:
         bar.update(step.done, step.of, what)
         if measured.status not in ("ok", "skipped"):
             bar.say(f"{what}: {measured.status}: {measured.reason}", notable=True)
+
+
+def history(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Every run below it is read.")],
+    point: Annotated[str, typer.Option(metavar="TEXT", help="Only the points that have this in their key.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder for history.csv, history.svg and history.png.")] = None,
+    output: Annotated[HistoryFormat, typer.Option("--format", help="text or json.")] = HistoryFormat.text,
+) -> None:
+    """Say where points became slower or faster over many runs, and what else changed there."""
+    from vidbench.changes import changes
+    from vidbench.history import CACHE, read
+    from vidbench.history_text import FORMATS, labels
+
+    bar = Bar(sys.stderr, every_s=10)
+
+    def tell(done: int, of: int) -> None:
+        bar.update(done, of, "runs read")
+        bar.say(f"{done} of {of} runs read")
+
+    try:
+        found = read(folder, tell)
+    except KeyboardInterrupt:
+        typer.echo(f"vidbench: interrupted; what was read is kept in {folder / CACHE}: call it again", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        bar.close()
+    for warning in found.warnings:
+        typer.echo(f"vidbench: warning: {warning}", err=True)
+    judged = changes(found.only(point) if point else found)
+    if out is not None:
+        from vidbench.report.timeline import write
+
+        write(judged, labels(judged.series), out)
+    typer.echo(FORMATS[output.value](judged))
 
 
 def _load(path: Path) -> Run:

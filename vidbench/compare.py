@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from vidbench.causes import causes
 from vidbench.metrics import SEVERITY, Interval, interval
 from vidbench.records import Accuracy, Environment, Measurement
 from vidbench.results import Run
-from vidbench.significance import Effect, discoveries, paired, unpaired
+from vidbench.significance import Effect, discoveries, foretold, paired, unpaired
 from vidbench.sweep import Point
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "UNDECIDED", "MISSING", "NEW", "NOT COMPARED"]
@@ -31,6 +32,9 @@ UNKNOWN_RUN_NOISE = 0.2
 """How far two runs taken apart may lie without a cause, where nobody has measured it on their machine."""
 
 ENOUGH_BASELINES = 5
+ENOUGH_POINTS = 10
+"""So many points of two runs tell themselves how far runs lie apart: most have not changed."""
+
 ALLOCATION_BYTES = 512
 """The step in which allocators count memory."""
 
@@ -64,6 +68,8 @@ class PointVerdict:
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
     """What is doubtful about either side."""
+    causes: tuple[str, ...] = ()
+    """What else is not as it was, and may be why."""
 
     @property
     def worse(self) -> bool:
@@ -151,7 +157,7 @@ def compare(
     Args:
         base: What was.
         new: What is.
-        baselines: Further runs of BASE's revision and machine; five or more tell how far two runs lie apart by chance.
+        baselines: Further runs of BASE's revision and machine; five with it tell how far runs lie apart by chance.
         again: BASE measured once more, where round i of all three was taken in turn, so that rounds belong together.
         rate: Of false discoveries.
     """
@@ -161,7 +167,7 @@ def compare(
     found = [_judge_presence(sides[0].get(key), sides[1].get(key)) for key in dict.fromkeys((*sides[0], *sides[1]))]
     points = [one for one in found if one is not None]
     if not_compared:
-        points = [replace(one, verdict="NOT COMPARED") if one.verdict == "UNDECIDED" else one for one in points]
+        points = [_on_unlike_machines(one) for one in points]
     else:
         repeated = None if again is None else _sides(again.measurements)
         points = _judge_times(points, sides, repeated, baselines, floor, rate)
@@ -230,7 +236,15 @@ def _judge_presence(base: _Side | None, new: _Side | None) -> PointVerdict | Non
         new_s=_middle(new),
         changes=tuple(_changes(base, new)),
         notes=notes,
+        causes=tuple(causes(list(base.rounds.values()), list(new.rounds.values()))),
     )
+
+
+def _on_unlike_machines(one: PointVerdict) -> PointVerdict:
+    """Without times, and without what belongs to one machine."""
+    changes = tuple(change for change in one.changes if change.metric not in COMPILED)
+    verdict: Verdict = "NOT COMPARED" if one.verdict == "UNDECIDED" else one.verdict
+    return replace(one, verdict=verdict, changes=changes, causes=())
 
 
 def _middle(side: _Side) -> float | None:
@@ -239,13 +253,13 @@ def _middle(side: _Side) -> float | None:
 
 
 def _changes(base: _Side, new: _Side) -> list[Change]:
-    """Exact figures that differ; less of each is better."""
+    """Exact figures that differ; less of each is better, but of registers, which a kernel may use for the better."""
     found = []
     for metric, of in _EXACT.items():
         then = {value for one in base.rounds.values() if (value := of(one)) is not None}
         now = {value for one in new.rounds.values() if (value := of(one)) is not None}
         if len(then) == len(now) == 1 and then != now:
-            found.append(Change(metric, min(then), min(now), min(now) > min(then)))
+            found.append(Change(metric, min(then), min(now), min(now) > min(then) and metric not in NEITHER_WORSE))
     then = {one.memory.peak_bytes for one in base.rounds.values() if one.memory is not None}
     now = {one.memory.peak_bytes for one in new.rounds.values() if one.memory is not None}
     if then and now:
@@ -265,7 +279,15 @@ _EXACT: dict[str, Callable[[Measurement], int | None]] = {
     "macs": _macs,
     "params": lambda one: one.params,
     "bytes_moved": lambda one: one.bytes_moved,
+    "registers": lambda one: one.registers,
+    "spills": lambda one: one.spills,
 }
+
+NEITHER_WORSE = ("registers",)
+"""More of it may be slower or faster: it is told, and the time decides."""
+
+COMPILED = ("registers", "spills")
+"""What a compiler makes of a kernel for one GPU is no figure of another's."""
 
 
 def _judge_times(
@@ -277,21 +299,14 @@ def _judge_times(
     rate: float,
 ) -> list[PointVerdict]:
     """The verdicts of all points that both runs have, judged together, since many points make many chances."""
-    deviations = _run_deviations(baselines) if again is None and not floor else {}
-    judged = []
-    for one in points:
-        if one.verdict != "UNDECIDED" or one.base_s is None or one.new_s is None:
-            judged.append(one)
-            continue
-        then, now = sides[0][one.point.key].times(), sides[1][one.point.key].times()
-        if again is not None:
-            once_more = again[one.point.key].times() if one.point.key in again else {}
-            common = sorted(then.keys() & now.keys() & once_more.keys())
-            effect = paired(*([side[number] for number in common] for side in (then, now, once_more)))
-        else:
-            deviation, degrees = deviations.get(one.point.key, (0.0, math.inf))
-            effect = unpaired(list(then.values()), list(now.values()), run_deviation=deviation, run_degrees=degrees)
-        judged.append(replace(one, effect=effect))
+    timed = [one for one in points if one.verdict == "UNDECIDED" and one.base_s is not None and one.new_s is not None]
+    if again is not None:
+        effects = {one.point.key: _in_turn(one.point.key, sides, again) for one in timed}
+    elif floor:
+        effects = _taken_apart(timed, sides)
+    else:
+        effects = _against_runs(timed, sides, baselines)
+    judged = [replace(one, effect=effects.get(one.point.key)) for one in points]
     tested = [one for one in judged if one.effect is not None]
     found = discoveries([one.effect.p for one in tested if one.effect is not None], rate)
     named = {one.point.key for one, is_found in zip(tested, found, strict=True) if is_found}
@@ -325,14 +340,45 @@ def _smallest(effect: Effect, floor: float) -> float:
     return max(math.expm1(effect.half_width(1 - FALSE_DISCOVERY_RATE)), floor)
 
 
-def _run_deviations(baselines: Sequence[Run]) -> dict[str, tuple[float, float]]:
-    """Of each point, the standard deviation of the logarithm of a run's time, and its degrees of freedom."""
-    times: dict[str, list[float]] = {}
-    for run in {run.id: run for run in baselines}.values():
-        for key, side in _sides(run.measurements).items():
-            if side.ok and (middle := _middle(side)) is not None:
-                times.setdefault(key, []).append(math.log(middle))
-    return {key: (statistics.stdev(logs), len(logs) - 1) for key, logs in times.items() if len(logs) >= 2}
+def _in_turn(key: str, sides: tuple[dict[str, _Side], dict[str, _Side]], again: dict[str, _Side]) -> Effect | None:
+    """The effect of rounds that belong together."""
+    times = [side[key].times() if key in side else {} for side in (*sides, again)]
+    common = sorted(set.intersection(*(set(side) for side in times)))
+    return paired(*([side[number] for number in common] for side in times))
+
+
+def _against_runs(
+    timed: Sequence[PointVerdict], sides: tuple[dict[str, _Side], dict[str, _Side]], baselines: Sequence[Run]
+) -> dict[str, Effect | None]:
+    """Effects against several runs of the base; where the rounds of the two runs are less sure, theirs."""
+    runs = [sides[0], *(_sides(run.measurements) for run in {run.id: run for run in baselines}.values())]
+    found: dict[str, Effect | None] = {}
+    for one in timed:
+        key = one.point.key
+        middles = [middle for run in runs if key in run and run[key].ok and (middle := _middle(run[key])) is not None]
+        effect = unpaired(*(list(side[key].times().values()) for side in sides))
+        if len(middles) >= ENOUGH_BASELINES and one.new_s is not None:
+            by_runs = foretold(middles, one.new_s)
+            effect = by_runs if effect is None or by_runs.p > effect.p else effect
+        found[key] = effect
+    return found
+
+
+def _taken_apart(
+    timed: Sequence[PointVerdict], sides: tuple[dict[str, _Side], dict[str, _Side]]
+) -> dict[str, Effect | None]:
+    """Effects of two runs of whose noise nothing is known but what their points tell: how far most of them moved."""
+    moved = [math.log(one.new_s / one.base_s) for one in timed if one.new_s and one.base_s]
+    # Of few points nothing can be told: then what may be without a cause is two standard deviations of a difference.
+    deviation = math.log1p(UNKNOWN_RUN_NOISE) / 2
+    if len(moved) >= ENOUGH_POINTS:
+        deviation = statistics.median(map(abs, moved)) / statistics.NormalDist().inv_cdf(0.75)
+    return {
+        one.point.key: unpaired(
+            *(list(side[one.point.key].times().values()) for side in sides), run_deviation=deviation / math.sqrt(2)
+        )
+        for one in timed
+    }
 
 
 def _accuracies(base: Sequence[Measurement], new: Sequence[Measurement]) -> list[AccuracyVerdict]:

@@ -84,6 +84,10 @@ def _exact(one: PointVerdict) -> list[str]:
     ]
 
 
+def _why(one: PointVerdict) -> str:
+    return f"why: {', '.join(one.causes)}" if one.causes and one.verdict != "SAME" else ""
+
+
 def _accuracy(one: AccuracyVerdict) -> str:
     text = f"{one.base.mean:.1%} → {one.new.mean:.1%}, {100 * one.difference.mean:+.1f} points"
     if not math.isnan(one.difference.low):
@@ -97,7 +101,7 @@ def _sorted(points: Sequence[PointVerdict]) -> list[PointVerdict]:
 
 
 def _said(one: PointVerdict, names: Sequence[str]) -> str:
-    parts = [part for part in (_change(one), one.reason, *_exact(one)) if part]
+    parts = [part for part in (_change(one), one.reason, *_exact(one), _why(one)) if part]
     return f"{label(one.point, names)}: {'; '.join(parts)}"
 
 
@@ -138,7 +142,12 @@ def markdown(comparison: Comparison, base: Run, new: Run) -> str:
     worst += _sorted([one for one in comparison.points if one.verdict == "UNDECIDED" and not one.worse])
     if worst:
         rows = [
-            (one.verdict, label(one.point, names), _change(one), "; ".join(filter(None, (one.reason, *_exact(one)))))
+            (
+                one.verdict,
+                label(one.point, names),
+                _change(one),
+                "; ".join(filter(None, (one.reason, *_exact(one), _why(one)))),
+            )
             for one in worst[:SHOWN]
         ]
         lines += ["", *table(("verdict", "point", "time", ""), rows)]
@@ -195,6 +204,7 @@ def _point(one: PointVerdict) -> dict[str, Any]:
         "new_s": one.new_s,
         "changes": [asdict(change) for change in one.changes],
         "notes": list(one.notes),
+        "causes": list(one.causes),
     }
     if one.effect is not None:
         half = one.effect.half_width()

@@ -28,7 +28,7 @@ from vidbench.engine import devices
 from vidbench.engine.local import LocalEngine
 from vidbench.records import Environment, Measurement
 from vidbench.suites import Axes, plan
-from vidbench.sweep import Point, RequestError, Sweep
+from vidbench.sweep import Point, RequestError
 
 LOOKS = (6, 12, 20, 30)
 """Rounds after which is judged; the looks share the rate of false discoveries."""
@@ -103,58 +103,86 @@ def gate(
         theirs = _points_of(source, suite, axes or {})
         points = ours | theirs
         device, dtypes = devices(points.values())
-        python = _environment_of(source, out)
+        of_base = {"source": source, "python": _environment_of(source, out)}
         engines = {
-            "base": LocalEngine(timeout_s=timeout_s, source=source, python=python),
-            "head": LocalEngine(timeout_s=timeout_s),
-            "again": LocalEngine(timeout_s=timeout_s, source=source, python=python),
+            "base": stack.enter_context(LocalEngine(timeout_s=timeout_s, **of_base)),
+            "head": stack.enter_context(LocalEngine(timeout_s=timeout_s)),
+            "again": stack.enter_context(LocalEngine(timeout_s=timeout_s, **of_base)),
         }
-        for engine in engines.values():
-            stack.enter_context(engine)
-        head_here = {point.workload: point.kind for point in ours.values()}
-        described, _ = engines["head"].describe(device, dtypes, head_here)
-        of_base, _ = engines["base"].describe(device, dtypes, {})
+        described, _ = engines["head"].describe(device, dtypes, {point.workload: point.kind for point in ours.values()})
+        before, _ = engines["base"].describe(device, dtypes, {})
         # Ceilings are the machine's: both sides are held against the same.
-        of_base = replace(
-            of_base,
+        before = replace(
+            before,
             git_commit=commit, git_dirty=False,
             flops_per_s=described.flops_per_s, bytes_per_s=described.bytes_per_s,
         )  # fmt: skip
-        environments = {"base": of_base, "head": described, "again": of_base}
-        writers = {
-            side: stack.enter_context(_writer(out / side, suite, planned.sweeps, environments[side], command, resume))
-            for side in SIDES
-        }
         wanted = {"base": theirs.keys(), "head": ours.keys(), "again": ours.keys() & theirs.keys()}
-        comparison, rounds, stopped = _rounds(
-            list(points.values()),
-            wanted,
-            engines,
-            writers,
-            environments,
-            out,
-            seconds,
-            time.monotonic() + budget_s,
-            progress,
-        )
+        opened = results.RunWriter.resume if resume else results.RunWriter.create
+        sides = {}
+        for name in SIDES:
+            environment = described if name == "head" else before
+            writer = opened(out / name, suite=suite, sweeps=planned.sweeps, environment=environment, command=command)
+            sides[name] = Side(engines[name], stack.enter_context(writer), environment, wanted[name])
+        deadline = time.monotonic() + budget_s
+        comparison, rounds, stopped = _until_decided(list(points.values()), sides, out, seconds, deadline, progress)
     return Gated(comparison, results.load(out / "base"), results.load(out / "head"), rounds, stopped)
 
 
-def _judged(out: Path, rounds: int) -> Comparison:
-    """What the first rounds say, whatever a gate that was killed has measured beyond them."""
+@dataclass(frozen=True)
+class Side:
+    """One of the runs that are measured in turn."""
+
+    engine: LocalEngine
+    writer: results.RunWriter
+    environment: Environment
+    wanted: Set[str]
+    """Keys of the points that it has."""
+
+
+def take_round(
+    number: int,
+    points: Sequence[Point],
+    sides: Mapping[str, Side],
+    *,
+    seconds: float,
+    progress: Callable[[Step], None] = lambda _: None,
+) -> None:
+    """One round of every side, in turn, each in a fresh process; what is measured already is not measured again."""
+    names = tuple(sides)
+    for side in sides.values():
+        side.engine.retire()
+    done = 0
+    for index, point in enumerate(points):
+        # Who goes first moves on, so that no side is always the one that finds the machine warm.
+        first = (number + index) % len(names)
+        for name in (*names[first:], *names[:first]):
+            done += 1
+            side = sides[name]
+            if point.key not in side.wanted or (point.key, number) in side.writer.done:
+                continue
+            measured = side.engine.measure(point, number, side.environment, seconds=seconds, video=None)
+            side.writer.append(measured)
+            progress(Step(number, done, len(names) * len(points), name, measured))
+
+
+def judge(base: results.Run, head: results.Run, again: results.Run, *, rounds: int) -> Comparison:
+    """What a look after so many rounds says, whatever a gate that was killed has measured beyond them."""
     base, head, again = (
         replace(run, measurements=[one for one in run.measurements if one.round <= rounds])
-        for run in (results.load(out / side) for side in SIDES)
+        for run in (base, head, again)
     )
     return compare(base, head, again=again, rate=FALSE_DISCOVERY_RATE / len(LOOKS))
 
 
-def _rounds(
+def undecided(found: Comparison) -> set[str]:
+    """The points that the next rounds take, of all that a look has judged: what was decided may be open again."""
+    return {one.point.key for one in found.points if one.verdict == "UNDECIDED"}
+
+
+def _until_decided(
     points: Sequence[Point],
-    wanted: Mapping[str, Set[str]],
-    engines: dict[str, LocalEngine],
-    writers: dict[str, results.RunWriter],
-    environments: dict[str, Environment],
+    sides: Mapping[str, Side],
     out: Path,
     seconds: float,
     deadline: float,
@@ -172,35 +200,16 @@ def _rounds(
             if number >= LOOKS[0] and time.monotonic() > deadline:
                 return found, number, "the budget is spent"
             number += 1
-            for engine in engines.values():
-                engine.retire()  # a round is a fresh process
-            done = 0
-            for index, point in enumerate(open_points):
-                # Who goes first moves on, so that no side is always the one that finds the machine warm.
-                first = (number + index) % len(SIDES)
-                for side in (*SIDES[first:], *SIDES[:first]):
-                    done += 1
-                    alone = point.key not in wanted["again"] and number > 1
-                    if alone or point.key not in wanted[side] or (point.key, number) in writers[side].done:
-                        continue
-                    measured = engines[side].measure(point, number, environments[side], seconds=seconds, video=None)
-                    writers[side].append(measured)
-                    progress(Step(number, done, len(SIDES) * len(open_points), side, measured))
-        found = _judged(out, number)
-        # Of all points: what a look has decided may be open again where others have changed the chances.
-        undecided = {one.point.key for one in found.points if one.verdict == "UNDECIDED"}
-        open_points = [point for point in points if point.key in undecided]
+            take_round(number, open_points, sides, seconds=seconds, progress=progress)
+            if number == 1:
+                open_points = [point for point in points if point.key in sides["again"].wanted]
+        found = judge(*(results.load(out / name) for name in SIDES), rounds=number)
+        still = undecided(found)
+        open_points = [point for point in points if point.key in still]
         progress(Step(number, 0, 0, "", comparison=found))
         if not open_points:
             return found, number, "every point is decided"
     return found, number, "the last look was taken"
-
-
-def _writer(
-    folder: Path, suite: str, sweeps: tuple[Sweep, ...], environment: Environment, command: str, resume: bool
-) -> results.RunWriter:
-    opened = results.RunWriter.resume if resume else results.RunWriter.create
-    return opened(folder, suite=suite, sweeps=sweeps, environment=environment, command=command)
 
 
 def _git(*arguments: str, cwd: Path | None = None) -> str:

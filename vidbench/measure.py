@@ -17,10 +17,13 @@ import psutil
 import torch
 
 from vidbench.environment import ceilings, precision, raise_ceilings
-from vidbench.memory import foreign_bytes, measure_memory
-from vidbench.records import Ceilings, Environment, Error, Measurement, Trust
+from vidbench.kernel_names import Ran, device_kernels
+from vidbench.memory import foreign_bytes, memory_and_operators
+from vidbench.nvml import watch
+from vidbench.records import Ceilings, Environment, Error, Measurement
 from vidbench.sweep import Point, RequestError
-from vidbench.timing import Budget, Samples, Timer, median_interval, sample, warm_up
+from vidbench.timing import Budget, Samples, Timer, sample, warm_up
+from vidbench.trust import judge
 from vidbench.workload import CheckFailed, Cost, Unfit, workload
 from vidkernels.checking import relative_error
 from vidkernels.op import tensors_of
@@ -30,6 +33,12 @@ CEILING_TOLERANCE = 1.1
 
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
 """Words of errors by which allocators and libraries say so."""
+
+COARSE = 0.01
+"""The largest share of a sample that the clock's step may be: less than any change that is called one."""
+
+ENERGY_BUDGET_S = 0.5
+"""Who gives less for sampling a point is not made to wait longer for its energy."""
 
 Sampler = Callable[[Callable[[], Any], Timer, Budget], Samples]
 
@@ -126,18 +135,34 @@ def _measure(
             call()
 
     # What decoders and optical flow allocate is not torch's, and would read as nothing.
-    memory = None if point.kind == "stage" else measure_memory(point.device, settled, foreign + timer.own_bytes)
+    memory, ran = None, Ran()
+    if point.kind != "stage":
+        memory, kernels = memory_and_operators(point.device, settled, foreign + timer.own_bytes)
+        ran = Ran(kernels)
     timed = captured(call) if point.regime == "graph" else call
     with spent:
         warm_up(timed, timer, seconds=2 * budget.seconds)
+    gpu = watch(point.device)
+    if gpu is not None:
+        timer.between = gpu.look
     cpu_before = psutil.cpu_times()
     with spent:
         samples = sampler(timed, timer, budget)
     steal = _steal(cpu_before)
+    state = None if gpu is None else gpu.state()
     with spent:
         error = work.check()
 
     median = statistics.median(samples.device_s)
+    if why := _impossible(samples, timer.step_s):
+        return row("failed", why, error=error)
+    energy_j = None
+    if gpu is not None and state is not None and _has_energy(point, budget):
+        with spent:
+            energy_j = gpu.energy(*_block(timed, median))
+        state = replace(state, idle_power_w=gpu.idle_w)
+    if point.device == "cuda":
+        ran = device_kernels(call)
     held = None
     if cost.counts is not None and cost.counts.macs:
         held = ceilings(environment, point.device, point.dtype, cost.bytes_moved, cold=point.regime == "cold")
@@ -150,13 +175,15 @@ def _measure(
             return row(
                 "failed", f"{fraction:.2f} times the device's measured ceiling: not a possible time", error=error
             )
-    trust, reasons = _trust(samples, steal)
+    trust, reasons = judge(
+        samples.device_s, samples.host_s, stop=samples.stop, hidden=samples.hidden, steal=steal, state=state
+    )
     return row(
         "ok",
         samples_s=tuple(samples.device_s),
         host_samples_s=tuple(samples.host_s),
         calls_per_sample=samples.calls_per_sample,
-        cold_start_s=cold_start,
+        cold_start_s=cold_start if cold_start > 0 else None,  # a clock that was set back meanwhile
         stop=samples.stop,
         memory=memory,
         counts=cost.counts,
@@ -164,6 +191,11 @@ def _measure(
         bytes_moved=cost.bytes_moved,
         error=error,
         ceilings=held,
+        energy_j=energy_j,
+        device_state=state,
+        kernels=ran.kernels,
+        registers=ran.registers,
+        spills=ran.spills,
         trust=trust,
         trust_reasons=reasons,
     )
@@ -216,29 +248,37 @@ def _steal(before: Any) -> float:
     return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
 
 
-def _trust(samples: Samples, steal: float) -> tuple[Trust, tuple[str, ...]]:
-    """good, fair or poor, with every reason against."""
-    fair: list[str] = []
-    poor: list[str] = []
-    low, high = median_interval(samples.device_s)
-    median = statistics.median(samples.device_s)
-    half = (high - low) / 2 / median
-    if samples.stop == "budget":
-        (poor if half > 0.1 else fair).append(f"median known to ±{half:.0%} of {len(samples.device_s)} samples")
-    middle = len(samples.device_s) // 2
-    if middle >= 5:
-        drift = statistics.median(samples.device_s[middle:]) / statistics.median(samples.device_s[:middle]) - 1
-        if abs(drift) > 0.1:
-            fair.append(f"drifted {drift:+.0%} while sampling")
-    if 2 * samples.hidden > len(samples.device_s):
-        poor.append("the device went on working on another stream when the call's own had ended")
-    if steal > 0.02:
-        fair.append(f"the hypervisor took {steal:.0%} of the processor")
-    if samples.host_s:
-        host = statistics.median(samples.host_s)
-        if host > median:
-            fair.append(f"launch-bound: enqueueing takes {host * 1e6:.0f} µs, the device {median * 1e6:.0f} µs")
-    return ("poor" if poor else "fair" if fair else "good"), (*poor, *fair)
+def _impossible(samples: Samples, clock_step_s: float) -> str:
+    """What no working clock could have said of these samples; empty where nothing is."""
+    least, median = min(samples.device_s), statistics.median(samples.device_s)
+    if least <= 0:
+        return (
+            f"the clock went backwards or stood still: a sample of {least:.3g} s, where the median is {median:.3g} s; "
+            "measure again, with the machine's clock left alone"
+        )
+    if clock_step_s > COARSE * median * samples.calls_per_sample:
+        return (
+            f"the clock moves in steps of {clock_step_s:.3g} s, over {COARSE:.0%} of a sample of {median:.3g} s; "
+            "use the hot regime, whose samples hold several calls"
+        )
+    return ""
+
+
+def _has_energy(point: Point, budget: Budget) -> bool:
+    """Of models, hot: between cold calls the GPU would be flushing its caches."""
+    return point.kind == "model" and point.regime != "cold" and budget.seconds >= ENERGY_BUDGET_S
+
+
+def _block(call: Callable[[], Any], seconds_per_call: float) -> tuple[Callable[[], None], int]:
+    """Calls for about a hundredth of a second that are waited for, and how many they are."""
+    calls = max(1, round(0.01 / seconds_per_call))
+
+    def work() -> None:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+
+    return work, calls
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,17 +10,26 @@ from typing import Any
 
 import torch
 
+from vidbench.kernel_names import operators
 from vidbench.records import Memory
 from vidkernels import Inputs
 
 
 def measure_memory(device: str, call: Callable[[], Any], foreign_bytes: int) -> Memory:
+    """As `memory_and_operators`, the memory alone."""
+    return memory_and_operators(device, call, foreign_bytes)[0]
+
+
+def memory_and_operators(device: str, call: Callable[[], Any], foreign_bytes: int) -> tuple[Memory, Mapping[str, int]]:
     """Live bytes and their peak around one call, exact: from the allocator's own events.
 
     Args:
         device: Where the call works.
         call: A settled call.
         foreign_bytes: Device memory that is not the call's, such as the timer's own.
+
+    Returns:
+        The memory, and the operators that the call ran, which the profile on a CPU tells as well.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -30,12 +39,13 @@ def measure_memory(device: str, call: Callable[[], Any], foreign_bytes: int) -> 
         retries = torch.cuda.memory_stats()["num_alloc_retries"]
         call()
         torch.cuda.synchronize()
-        return Memory(
+        memory = Memory(
             live_before_bytes=before,
             peak_bytes=torch.cuda.max_memory_allocated() - foreign_bytes,
             reserved_bytes=torch.cuda.max_memory_reserved(),
             allocator_retries=torch.cuda.memory_stats()["num_alloc_retries"] - retries,
         )
+        return memory, {}
     before = _live_tensor_bytes(call)
     _reset_peak_resident()
     cpu = torch.profiler.ProfilerActivity.CPU
@@ -47,7 +57,7 @@ def measure_memory(device: str, call: Callable[[], Any], foreign_bytes: int) -> 
     for _, change in changes:
         live += change
         peak = max(peak, live)
-    return Memory(before, before + peak, peak_resident_bytes=_peak_resident())
+    return Memory(before, before + peak, peak_resident_bytes=_peak_resident()), operators(events)
 
 
 def _live_tensor_bytes(call: Callable[[], Any]) -> int:

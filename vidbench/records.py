@@ -83,6 +83,27 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What a GPU said of itself between samples, at most every few hundredths of a second; None where it cannot."""
+
+    readings: int
+    sm_clock_hz: float | None = None
+    """Median; the lowest and the highest beside it."""
+    sm_clock_low_hz: float | None = None
+    sm_clock_high_hz: float | None = None
+    power_w: float | None = None
+    """Median; NVML's own figure, on many GPUs the mean of the last second."""
+    temperature_c: float | None = None
+    """The highest."""
+    clock_limits: Mapping[str, int] = field(default_factory=dict)
+    """What held the clock down, by the number of readings that said so."""
+    other_processes: int | None = None
+    """Processes besides this one and its like that have a context on the GPU."""
+    idle_power_w: float | None = None
+    """With a context and no work; subtracted from `energy_j`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """One point in one round (a fresh process that takes every point once)."""
 
@@ -108,6 +129,14 @@ class Measurement:
     accuracy: Accuracy | None = None
     ceilings: Ceilings | None = None
     energy_j: float | None = None
+    """Of one call, above idling."""
+    device_state: DeviceState | None = None
+    kernels: Mapping[str, int] = field(default_factory=dict)
+    """What one call runs, by how often: operators that do work (CPU), kernels (CUDA)."""
+    registers: int | None = None
+    """The most registers per thread of any Triton kernel that ran."""
+    spills: int | None = None
+    """Registers per thread that had no place, of all Triton kernels that ran together."""
     trust: Trust = "good"
     trust_reasons: tuple[str, ...] = ()
     wall_s: float | None = None

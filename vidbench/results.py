@@ -11,18 +11,32 @@ import datetime
 import fcntl
 import gc
 import os
+import re
 import secrets
+import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
 from vidbench.records import Environment, Measurement
-from vidbench.run_format import UNDECODABLE, LineReader, decode_record, encode_line, encode_record, is_json
+from vidbench.run_format import (
+    UNDECODABLE,
+    LineReader,
+    decode_record,
+    encode_line,
+    encode_record,
+    impossible,
+    impossible_case,
+    is_json,
+    unshowable,
+    without_surrogates,
+)
 from vidbench.sweep import RequestError, Sweep
 
 if TYPE_CHECKING:
@@ -35,12 +49,32 @@ READABLE = (1,)
 HEADER = "run.json"
 LINES = "measurements.jsonl"
 _TEMPORARY = ".run.json.tmp"
-_IDENTITY = ("machine", "threads", "driver", "cudnn", "python", "torch", "triton", "git_commit")
+IDENTITY = ("machine", "threads", "driver", "cudnn", "python", "torch", "triton", "git_commit")
 """The fields of `Environment.identity`, in its order."""
 
 
+LONGEST_BYTES = 2**26
+"""Of a line and of run.json: what is longer was not written here, and would only fill the memory."""
+
+_MESSAGE_CHARACTERS = 1000
+
+
 class RunError(RequestError):
-    """A run that cannot be read, continued or written; names the file and, where there is one, the line."""
+    """A run that cannot be read, continued or written; names the file and, where there is one, the line.
+
+    Its text is one printable line, whatever a damaged file holds.
+    """
+
+    def __init__(self, said: str) -> None:
+        super().__init__(_one_line(said))
+
+
+def _one_line(said: str) -> str:
+    if len(said) > _MESSAGE_CHARACTERS:
+        said = f"{said[:_MESSAGE_CHARACTERS]} …"
+    if said.isprintable():
+        return said
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
 
 
 @dataclass(frozen=True)
@@ -80,6 +114,11 @@ class _Header:
     environment: Environment
     command: str
     input: str | None = None
+
+
+def folder_name(*words: str) -> str:
+    """A path of names that any file system takes, such as those of machines and suites."""
+    return "/".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-.") or "unnamed" for word in words)
 
 
 def load(path: str | os.PathLike[str]) -> Run:
@@ -134,29 +173,38 @@ def _without_collector() -> Iterator[None]:
 
 def _read_lines(path: Path) -> _Lines:
     found = _Lines([], set(), 0, "")
+    reader = LineReader()
+    known: set[str] = set()
+    bad: tuple[int, str] | None = None
+    """A line that did not decode; it is torn if nothing follows it."""
     try:
-        file = path.open("rb")
+        file = _opened(path)
     except FileNotFoundError:
         return found
     except OSError as problem:
         raise RunError(f"cannot read {path}: {problem.strerror}") from None
-    reader = LineReader()
-    bad: tuple[int, str] | None = None
-    """A line that did not decode; it is torn if nothing follows it."""
     with file, _without_collector():
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(_next_line, file, path), b""), 1):
             if bad is not None:
                 raise RunError(f"{path}, line {bad[0]}: {bad[1]}; restore the file or cut the line out")
             if not line.endswith(b"\n"):
+                if len(line) > LONGEST_BYTES:
+                    raise RunError(f"{path}, line {number}: longer than {LONGEST_BYTES} bytes; restore the file")
                 bad = (number, "it has no end")
                 continue
             try:
                 measurement, key = reader.read(line)
+                wrong = impossible(measurement)
+                if key not in known:
+                    known.add(key)
+                    wrong = wrong or impossible_case(measurement.point)
             except UNDECODABLE as problem:
-                if is_json(line):
-                    raise RunError(f"{path}, line {number}: {problem}; restore the file or cut the line out") from None
-                bad = (number, f"not JSON: {problem}")
-                continue
+                wrong = str(problem)
+                if not is_json(line):
+                    bad = (number, f"not JSON: {problem}")
+                    continue
+            if wrong:
+                raise RunError(f"{path}, line {number}: {wrong}; restore the file or cut the line out")
             if (key, measurement.round) in found.done:
                 raise RunError(
                     f"{path}, line {number}: {key}, round {measurement.round}, is there already; cut one out"
@@ -169,6 +217,22 @@ def _read_lines(path: Path) -> _Lines:
     return found
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file to be read; what is none is refused: a pipe would be waited for, a device read without end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RunError(f"cannot read {path}: it is not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _next_line(file: BinaryIO, path: Path) -> bytes:
+    try:
+        return file.readline(LONGEST_BYTES + 1)
+    except OSError as problem:
+        raise RunError(f"cannot read {path}: {problem.strerror}") from None
+
+
 class _Versioned(msgspec.Struct):
     schema_version: int
 
@@ -176,13 +240,16 @@ class _Versioned(msgspec.Struct):
 def _read_header(folder: Path) -> _Header:
     path = folder / HEADER
     try:
-        content = path.read_bytes()
+        with _opened(path) as file:
+            content = file.read(min(os.fstat(file.fileno()).st_size, LONGEST_BYTES) + 1)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             raise RunError(f"no run at {folder}: there is no such folder") from None
         raise RunError(f"no run at {folder}: it has no {HEADER}; name a folder that `vidbench sweep` wrote") from None
     except OSError as problem:
         raise RunError(f"cannot read {path}: {problem.strerror}") from None
+    if len(content) > LONGEST_BYTES:
+        raise RunError(f"{path}: longer than {LONGEST_BYTES} bytes; restore the file")
     try:
         version = msgspec.json.decode(content, type=_Versioned).schema_version
         if version not in READABLE:
@@ -190,9 +257,15 @@ def _read_header(folder: Path) -> _Header:
             raise RunError(
                 f"{path}: schema_version is {version}; this release reads {readable}; use the release that wrote it"
             )
-        return decode_record(content, _Header)
+        header = decode_record(content, _Header)
     except UNDECODABLE as problem:
         raise RunError(f"{path}: {problem}; restore the file") from None
+    # Baselines are folders of that name.
+    if not header.id.isprintable() or "/" in header.id or header.id.startswith(".") or not 0 < len(header.id) < 200:
+        raise RunError(f"{path}: id {header.id!r} is not a name; restore the file")
+    if text := unshowable(replace(header, command="")):
+        raise RunError(f"{path}: {text!r} has letters that cannot be shown; restore the file")
+    return header
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -313,6 +386,8 @@ class RunWriter:
             raise RunError(f"{self._path}: the run is closed; nothing can be appended")
         if entry in self._done:
             raise RunError(f"{self._path}: {entry[0]}, round {entry[1]}, has a line already")
+        if wrong := impossible(measurement) or impossible_case(measurement.point):
+            raise RunError(f"{self._path}: {wrong}; such a line could not be read again")
         line = encode_line(measurement)
         try:
             written = os.write(self._descriptor, line)
@@ -360,6 +435,7 @@ def _new_header(
     created = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     # Runs of several machines are reported together, so a second is not enough to tell them apart.
     identifier = f"{now:%Y%m%dT%H%M%SZ}-{suite}-{secrets.token_hex(2)}"
+    command = without_surrogates(command)  # an argument may be a file's name, and that any bytes
     return _Header(SCHEMA_VERSION, identifier, suite, created, tuple(sweeps), environment, command, input)
 
 
@@ -381,6 +457,8 @@ def _check_contents(folder: Path, resume: bool) -> bool:
 
 
 def _write_header(folder: Path, header: _Header) -> None:
+    if text := unshowable(replace(header, command="")):
+        raise RunError(f"{folder}: {text!r} has letters that cannot be shown, and cannot be kept: rename it")
     temporary = folder / _TEMPORARY
     with temporary.open("wb") as file:
         file.write(encode_record({f.name: getattr(header, f.name) for f in fields(header)}))
@@ -414,7 +492,7 @@ def _check_same(folder: Path, before: _Header, now: _Header) -> None:
     ]
     found += [
         (name, was, is_now)
-        for name, was, is_now in zip(_IDENTITY, before.environment.identity, now.environment.identity, strict=True)
+        for name, was, is_now in zip(IDENTITY, before.environment.identity, now.environment.identity, strict=True)
         if was != is_now
     ]
     if len(before.sweeps) != len(now.sweeps):

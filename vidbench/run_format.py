@@ -10,12 +10,13 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
-from vidbench.records import Counts, Measurement
-from vidbench.sweep import Point
+from vidbench.records import Ceilings, Counts, Measurement, Memory
+from vidbench.sweep import AXES, Axis, Point, Value
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ def _is_default(name: str, value: object) -> bool:
     return value is None if default is None else value == default
 
 
-def _printable(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """`text` without lone surrogates, which UTF-8 cannot hold and undecodable output of a process can."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -98,9 +99,9 @@ def encode_line(measurement: Measurement) -> bytes:
     try:
         return msgspec.json.encode(record, enc_hook=_plain) + b"\n"
     except UnicodeEncodeError:
-        record["reason"] = _printable(measurement.reason)
-        record["stop"] = _printable(measurement.stop)
-        record["trust_reasons"] = [_printable(reason) for reason in measurement.trust_reasons]
+        record["reason"] = without_surrogates(measurement.reason)
+        record["stop"] = without_surrogates(measurement.stop)
+        record["trust_reasons"] = [without_surrogates(reason) for reason in measurement.trust_reasons]
         return msgspec.json.encode(record, enc_hook=_plain) + b"\n"
 
 
@@ -144,8 +145,9 @@ def decode_record(content: bytes, kind: type[_Record]) -> _Record:
     return msgspec.convert(record, kind)
 
 
-def _line_type() -> type[msgspec.Struct]:
-    """Measurement as it is decoded: point and counts stay raw, since all rounds of a point share the same bytes."""
+@cache
+def _line_decoder() -> msgspec.json.Decoder[Any]:
+    """Of Measurement: point and counts stay raw, since all rounds of a point share the same bytes."""
     hints = get_type_hints(Measurement)
     defaults = _MEASUREMENT_DEFAULTS
     members: list[Any] = []
@@ -158,16 +160,18 @@ def _line_type() -> type[msgspec.Struct]:
         required = f.name not in defaults
         members.append((f.name, kind) if required else (f.name, kind, default))
     members.append(("nonfinite", msgspec.Raw, msgspec.Raw(b"")))
-    return msgspec.defstruct("Line", members, forbid_unknown_fields=True, gc=False)
+    return msgspec.json.Decoder(msgspec.defstruct("Line", members, forbid_unknown_fields=True, gc=False))
+
+
+_POINT = msgspec.json.Decoder(Point)
+_COUNTS = msgspec.json.Decoder(Counts | None)
 
 
 class LineReader:
     """Decodes lines; a point's bytes are decoded once however many rounds it has."""
 
     def __init__(self) -> None:
-        self._decode = msgspec.json.Decoder(_line_type()).decode
-        self._decode_point = msgspec.json.Decoder(Point).decode
-        self._decode_counts = msgspec.json.Decoder(Counts | None).decode
+        self._decode = _line_decoder().decode
         self._points: dict[bytes, tuple[Point, str]] = {}
         self._counts: dict[bytes, Counts | None] = {}
         names = [f.name for f in fields(Measurement)]
@@ -186,12 +190,12 @@ class LineReader:
         at = self._at
         raw = bytes(values[at["point"]])
         if (known := self._points.get(raw)) is None:
-            point = self._decode_point(raw)
+            point = _POINT.decode(raw)
             known = self._points[raw] = (point, point.key)
         values[at["point"]], key = known
         raw = bytes(values[at["counts"]])
         if raw not in self._counts:
-            self._counts[raw] = self._decode_counts(raw)
+            self._counts[raw] = _COUNTS.decode(raw)
         values[at["counts"]] = self._counts[raw]
         for name in ("samples_s", "host_samples_s"):
             if values[at[name]]:
@@ -208,6 +212,86 @@ def is_json(line: bytes) -> bool:
     """Whether a line that does not decode was at least written to its end."""
     try:
         msgspec.json.decode(line)
+    except msgspec.ValidationError:  # a number that no computer holds
+        return True
     except UNDECODABLE:
         return False
     return True
+
+
+# --- what no measurement can be ---------------------------------------------------------------------------------------
+
+MOST = 2**62
+"""Counts and bytes stay below it: twice as much would not fit into 64 bits."""
+
+LONGEST_S = 1e9
+SHORTEST_S = 1e-12
+"""No machine does anything in a picosecond, and nobody waits for thirty years."""
+
+
+def impossible(measurement: Measurement) -> str:
+    """What of a measurement cannot be, whoever claims it, its point aside; empty where all of it can."""
+    for name, samples in (("samples_s", measurement.samples_s), ("host_samples_s", measurement.host_samples_s)):
+        # A sum is NaN where any of its terms is, whichever way NaN is ordered.
+        if len(samples) and not (min(samples) >= SHORTEST_S and max(samples) <= LONGEST_S and sum(samples) > 0):
+            odd = next(one for one in samples if not SHORTEST_S <= one <= LONGEST_S)
+            return f"{name} has {odd}: a time is from {SHORTEST_S:g} to {LONGEST_S:g} s"
+    counts = [(name, getattr(measurement, name)) for name in ("round", "calls_per_sample", "params", "bytes_moved")]
+    if measurement.counts is not None:
+        counts.append(("macs", measurement.counts.macs))
+    for part, names in _COUNTED.items():
+        if (record := getattr(measurement, part)) is not None:
+            counts += [(f"{part}.{name}", getattr(record, name)) for name in names]
+    for name, value in counts:
+        if value is not None and not 0 <= value < MOST:
+            return f"{name} is {value}"
+    if (ceilings := measurement.ceilings) is not None and not ceilings.flops_per_s * ceilings.bytes_per_s > 0:
+        return "a ceiling is 0"
+    if (accuracy := measurement.accuracy) is not None:
+        shares = (accuracy.top1, accuracy.chance, *accuracy.conditions.values(), accuracy.top5 or 0.0)
+        if not all(0 <= share <= 1 for share in shares) or not accuracy.examples:
+            return "accuracy is no share of clips"
+    return ""
+
+
+_COUNTED = {
+    "memory": tuple(f.name for f in fields(Memory)),
+    "ceilings": tuple(f.name for f in fields(Ceilings)),
+    "accuracy": ("seed", "examples", "train_s"),
+}
+
+
+def impossible_case(point: Point) -> str:
+    """What of a point cannot be: a size that is none, or text that cannot be shown; empty where all can."""
+    if text := unshowable(point):
+        return f"the point's {text!r} has letters that cannot be shown"
+    for name, value in point.case.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        small = all(-MOST < number < MOST for number in numbers if isinstance(number, (int, float)))
+        if not small or (name in AXES and not _fits(AXES[name], value)):
+            return f"the point's {name} is {value!r}"
+    return ""
+
+
+def unshowable(value: object) -> str:
+    """The first text in a record that no page and no terminal can show; empty where all can be shown."""
+    if isinstance(value, str):
+        return "" if value.isprintable() else value
+    for name, child in _children(value):
+        if found := unshowable(name) or unshowable(child):
+            return found
+    return ""
+
+
+def _fits(axis: Axis, value: Value) -> bool:
+    """Whether a value is of the kind that an axis has."""
+    match axis.values:
+        case "flag":
+            return isinstance(value, bool)
+        case "word":
+            return isinstance(value, str)
+        case "sizes":
+            return isinstance(value, tuple) or type(value) is int
+        case "integer" | "count":
+            return type(value) is int and value >= (axis.values == "integer")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

@@ -93,31 +93,42 @@ def paired(base: Sequence[float], new: Sequence[float], again: Sequence[float] |
     return Effect(mean, math.sqrt(variance), left - 1)
 
 
-def unpaired(
-    base: Sequence[float], new: Sequence[float], *, run_deviation: float = 0.0, run_degrees: float = math.inf
-) -> Effect | None:
-    """The effect where the rounds of both were taken apart: Yuen's trimmed t, with the noise between runs added.
+def unpaired(base: Sequence[float], new: Sequence[float], *, run_deviation: float = 0.0) -> Effect | None:
+    """The effect where the rounds of both were taken apart: Yuen's trimmed t.
 
     Args:
         base: Seconds, one for each round.
         new: As well, of any number.
-        run_deviation: Standard deviation of the logarithm of a whole run's time, of which rounds know nothing.
-        run_degrees: Degrees of freedom with which that is known.
+        run_deviation: What is assumed of the noise between runs, of which rounds know nothing: the standard deviation
+            of the logarithm of a whole run's time.
 
     Returns:
         The effect; None where either has fewer than two rounds.
 
-    Source: Yuen (1974), Biometrika 61(1):165; degrees of freedom as Satterthwaite (1946), Biometrics 2(6):110.
+    Source: Yuen (1974), Biometrika 61(1):165.
     """
     if min(len(base), len(new)) < 2:
         return None
     mean_base, variance_base, left_base = _trimmed(np.log(base))
     mean_new, variance_new, left_new = _trimmed(np.log(new))
-    parts = ((variance_base, left_base - 1), (variance_new, left_new - 1), (2 * run_deviation**2, run_degrees))
-    variance = sum(part for part, _ in parts)
-    spread = sum(part**2 / degrees for part, degrees in parts)
+    variance = variance_base + variance_new
+    spread = variance_base**2 / (left_base - 1) + variance_new**2 / (left_new - 1)
     degrees = variance**2 / spread if spread > 0 else min(left_base, left_new) - 1
-    return Effect(mean_new - mean_base, math.sqrt(variance), degrees)
+    return Effect(mean_new - mean_base, math.sqrt(variance + 2 * run_deviation**2), degrees)
+
+
+def foretold(runs: Sequence[float], new: float) -> Effect:
+    """The effect against several runs of the base, a run being the unit: whether one more of them could be like NEW.
+
+    Args:
+        runs: Seconds, one for each run, at least two.
+        new: Seconds of the new run.
+
+    Source: the prediction interval of a normal sample, Whitmore (1986), The American Statistician 40(2):141.
+    """
+    logs = np.log(runs)
+    deviation = float(logs.std(ddof=1))
+    return Effect(math.log(new) - float(logs.mean()), deviation * math.sqrt(1 + 1 / len(logs)), len(logs) - 1)
 
 
 def discoveries(p_values: Sequence[float], rate: float) -> list[bool]:

@@ -51,6 +51,10 @@ class Timer:
         self.cold = regime == "cold"
         self._flush = torch.ones(2 * cache_bytes(device) // 4, device=device) if self.cold else None
         self.hidden = 0
+        self.between: Callable[[], None] = _nothing
+        """Called before each block of calls, outside what is timed."""
+        self.step_s = 0.0 if self.cuda else clock_step_s()
+        """Of the clock, where it is coarse."""
         self._block_s = 1e-4
         if self.cuda:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -71,6 +75,7 @@ class Timer:
         On a device the stream is held back while the calls are enqueued, so that the span between the events is the
         device's work alone and not the gaps between launches; host seconds are those of enqueueing.
         """
+        self.between()
         self.flush()
         if not self.cuda:
             start = time.perf_counter()
@@ -94,6 +99,28 @@ class Timer:
             self.hidden += 1
         self._block_s = min(2 * enqueue, LONGEST_BLOCK_S)
         return device / calls, enqueue / calls
+
+
+def _nothing() -> None:
+    pass
+
+
+def clock_step_s() -> float:
+    """The step by which the host's clock moves, where it is seen to stand still; else 0; inf if it has stopped."""
+    now = time.perf_counter()
+    if time.perf_counter() != now:
+        return 0.0
+    before = _next_reading(now)
+    return _next_reading(before) - before if before < math.inf else before
+
+
+def _next_reading(now: float) -> float:
+    """What the clock says after `now`; inf where it has stopped."""
+    return next((read for _ in range(MOST_READINGS) if (read := time.perf_counter()) != now), math.inf)
+
+
+MOST_READINGS = 10**7
+"""About a second: no clock that is of any use stands still for longer."""
 
 
 CLOCK_HZ = 2e9
@@ -142,12 +169,22 @@ def sample(call: Callable[[], Any], timer: Timer, budget: Budget) -> Samples:
 SETTLING_S = 0.1
 
 
+STEPS_PER_SAMPLE = 200
+"""Of a coarse clock: half a percent, less than any change that is ever called one."""
+
+MOST_CALLS = 10**6
+
+
 def calls_per_sample(call: Callable[[], Any], timer: Timer, budget: Budget) -> int:
     """One, or as many as make a sample long enough to time. A second call in a row would not be cold."""
-    if timer.cold:
+    if timer.cold or math.isinf(timer.step_s):
         return 1
-    once, _ = timer(call)
-    return max(1, math.ceil(budget.shortest_sample_s / max(once, 1e-8)))
+    wanted = max(budget.shortest_sample_s, STEPS_PER_SAMPLE * timer.step_s)
+    calls = 1
+    while (elapsed := calls * timer(call, calls)[0]) < wanted / 2 and calls < MOST_CALLS:
+        # A coarse clock may have seen nothing of the call, or a clock that was set back less than nothing.
+        calls *= 10 if elapsed <= timer.step_s else math.ceil(wanted / elapsed)
+    return max(1, min(MOST_CALLS, math.ceil(calls * max(1.0, wanted / elapsed) - 1e-6))) if elapsed > 0 else calls
 
 
 def warm_up(call: Callable[[], Any], timer: Timer, seconds: float) -> None:

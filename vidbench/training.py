@@ -184,7 +184,11 @@ class _State:
         self.step += 1
 
     def save(self, checkpoint: Checkpoint, loss: float) -> None:
-        """Writes the checkpoint; a process that dies meanwhile leaves the one before."""
+        """Writes the checkpoint; a process that dies meanwhile, or a full disk, leaves the one before.
+
+        Raises:
+            RequestError: The disk refuses.
+        """
         if rank() > 0:
             return
         cuda = self.device.type == "cuda"
@@ -200,14 +204,19 @@ class _State:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
-        checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
         new = checkpoint.path.with_suffix(f".{os.getpid()}.tmp")
         try:
+            checkpoint.path.parent.mkdir(parents=True, exist_ok=True)
             with new.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             new.replace(checkpoint.path)
+        except (OSError, RuntimeError) as problem:  # torch's writer wraps what the disk says into a RuntimeError
+            reason = str(getattr(problem, "strerror", None) or problem).splitlines()[0]
+            raise RequestError(
+                f"cannot write {checkpoint.path}: {reason}; what was kept before can be resumed"
+            ) from None
         finally:
             new.unlink(missing_ok=True)
 

@@ -32,6 +32,9 @@ from vidbench.records import Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
 
 LENGTH_BYTES = 4
+MOST_BYTES = 2**26
+"""Of a message: a longer one was sent by something gone astray."""
+
 SOURCE = "VIDBENCH_SOURCE"
 """Environment variable: a checkout whose kernels and models are measured, instead of those installed."""
 
@@ -79,10 +82,30 @@ def send(connection: socket.socket, message: object, *, fds: tuple[int, ...] = (
     connection.sendall(data)
 
 
-def receive(connection: socket.socket, kind: Any, *, fds: list[int] | None = None) -> Any:
-    """The next message; None when the other side is gone."""
+def receive(
+    connection: socket.socket, kind: Any, *, fds: list[int] | None = None, timeout_s: float | None = None
+) -> Any:
+    """The next message; None when the other side is gone.
+
+    Args:
+        connection: Where from.
+        kind: Type of the message.
+        fds: Takes the file descriptors that came with it.
+        timeout_s: For all of it, however slowly it comes; None leaves the connection's own, for each of its parts.
+
+    Raises:
+        TimeoutError: The time is over.
+        msgspec.MsgspecError: It is of another type, no message, or longer than any.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def limit() -> None:
+        if deadline is not None:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+
     head = b""
     while len(head) < LENGTH_BYTES:
+        limit()
         if fds is None:
             part = connection.recv(LENGTH_BYTES - len(head))
         else:
@@ -93,7 +116,10 @@ def receive(connection: socket.socket, kind: Any, *, fds: list[int] | None = Non
         head += part
     body = bytearray()
     wanted = int.from_bytes(head, "big")
+    if wanted > MOST_BYTES:
+        raise msgspec.DecodeError(f"a message of {wanted} bytes, at most {MOST_BYTES} are one")
     while len(body) < wanted:
+        limit()
         part = connection.recv(min(1 << 20, wanted - len(body)))
         if not part:
             return None

@@ -47,6 +47,7 @@ class FakeTimer:
     cuda = False
     cold = False
     hidden = 0
+    step_s = 0.0
 
     def __init__(self, durations: Iterator[float]) -> None:
         self.durations = durations
@@ -132,51 +133,6 @@ def test_what_cannot_run_is_a_skipped_row_with_why(environment: Environment, poi
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_a_missing_device_is_a_skipped_row(environment: Environment) -> None:
     assert measure(op(device="cuda"), environment).reason == "no CUDA device is visible to torch"
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [("NotANumber", "output error nan"), ("Caches", "output error"), ("Mutates", "the inputs were changed")],
-)
-def test_wrong_numbers_have_no_latency(environment: Environment, model: str, reason: str) -> None:
-    row = measure(user(model), environment, budget=QUICK)
-    assert row.status == "failed"
-    assert reason in row.reason
-    assert not row.samples_s
-    assert row.error is not None
-
-
-def test_an_op_that_is_wrong_on_the_border_alone_fails(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    conv3d = OPS["conv3d"]
-
-    def wrong(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y: torch.Tensor = conv3d["library"].fn(x, *args, **kwargs)
-        inside = y[:, :, 1:-1, 1:-1, 1:-1].clone()
-        y = y * (1 + 3e-6)
-        y[:, :, 1:-1, 1:-1, 1:-1] = inside
-        return y
-
-    monkeypatch.setitem(conv3d.implementations, "wrong", replace(conv3d["library"], name="wrong", fn=wrong))
-    # A fifth of the positions lie on the border: over all of them the error stays below its gate.
-    case = {**CONV, "clip_length": 16, "height": 32, "width": 32}
-    row = measure(op(implementation="wrong", case=case), environment, budget=QUICK)
-    assert row.status == "failed"
-    assert row.reason.startswith("border error")
-
-
-def test_an_op_that_writes_to_its_input_fails(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
-    conv3d = OPS["conv3d"]
-
-    def spoil(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        y: torch.Tensor = conv3d["library"].fn(x, *args, **kwargs)
-        x.zero_()
-        return y
-
-    monkeypatch.setitem(conv3d.implementations, "spoil", replace(conv3d["library"], name="spoil", fn=spoil))
-    row = measure(op(implementation="spoil"), environment, budget=QUICK)
-    assert (row.status, row.reason) == ("failed", "the inputs were changed")
 
 
 def test_a_time_above_the_ceiling_is_a_fault(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:

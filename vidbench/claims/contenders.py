@@ -77,9 +77,9 @@ def lstm_forget_bias(*, num_classes: int, input_features: int, hidden_size: int 
 class ClipStreams(nn.Module):
     """One or both of the two streams on RGB clips; the optical flow is computed from them (DIS).
 
-    The temporal stream sees ten flow fields at a time, from every fifth frame on, and its scores are averaged, as those
-    of the frames that a video is sampled at are. Frames are doubled in size where they have fewer than 64 pixels, as
-    CNN-M-2048 leaves a single position of 32.
+    The temporal stream sees ten flow fields at a time. It is trained on ten from a random place, and tested on those
+    from every fifth frame on, its scores averaged, as in the paper. Frames are doubled in size where they have fewer
+    than 64 pixels, as CNN-M-2048 leaves a single position of 32.
 
     Args:
         stream: `spatial`, `temporal`, or `both`, their scores averaged.
@@ -123,10 +123,13 @@ class ClipStreams(nn.Module):
             shown = F.interpolate(rgb, scale_factor=(1, self.scale, self.scale), mode="nearest")
         seen: list[Tensor] = [] if self.spatial is None else [self.spatial(shown[:, :, rgb.shape[2] // 2])]
         if self.temporal is not None:
+            starts = range(0, rgb.shape[2] - self.fields, FIELDS_APART)
+            if self.training:
+                first = starts[int(torch.randint(len(starts), ()))]
+                shown, starts = shown[:, :, first : first + self.fields + 1], range(1)
             levels = shown.add(2).mul(63.75).round().clamp(0, 255).to("cpu", torch.uint8)
             # Of the range of 20 pixels a motion takes a twentieth or two: to the scale of standardised frames.
             flow = optical_flow(levels.permute(0, 2, 3, 4, 1)).to(rgb.device).mul(10)
-            starts = range(0, flow.shape[2] - self.fields + 1, FIELDS_APART)
             stacks = [flow[:, :, at : at + self.fields].transpose(1, 2).flatten(1, 2) for at in starts]
             seen.append(self.temporal(torch.cat(stacks)).unflatten(0, (len(starts), -1)).mean(dim=0))
         if len(seen) == 1:

@@ -22,6 +22,7 @@ import msgspec
 
 from vidbench.claims import Claim, Experiment, Finding, Outcome, Row, judge
 from vidbench.records import Environment
+from vidbench.run_format import UNDECODABLE
 from vidbench.sweep import RequestError
 
 SCHEMA_VERSION = 1
@@ -174,7 +175,7 @@ def load(out: Path) -> tuple[Header, list[Outcome]]:
         header = msgspec.json.decode((out / HEADER).read_bytes(), type=Header)
     except FileNotFoundError:
         raise RequestError(f"{out} holds no {HEADER}: give the --out of `vidbench claims`") from None
-    except (msgspec.MsgspecError, OSError) as error:
+    except (*UNDECODABLE, OSError) as error:
         raise RequestError(f"{out / HEADER} cannot be read: {error}") from None
     if header.schema_version != SCHEMA_VERSION:
         raise RequestError(f"{out / HEADER} has schema_version {header.schema_version}; wanted {SCHEMA_VERSION}")
@@ -186,7 +187,7 @@ def load(out: Path) -> tuple[Header, list[Outcome]]:
             break  # torn by a kill: that experiment is done again
         try:
             read = msgspec.json.decode(line, type=_Line)
-        except msgspec.MsgspecError as error:
+        except UNDECODABLE as error:
             raise RequestError(f"{path}, line {number}: {error}") from None
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in read.given.items()}
         outcome = Outcome(Experiment(read.kind, given, read.seed), read.rows, read.wall_s, read.failure)

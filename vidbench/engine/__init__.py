@@ -1,4 +1,4 @@
-"""From a plan to a run folder: every point in every round once, whatever happens in between."""
+"""From a plan to run folders: every point in every round once, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import datetime
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
 
 from vidbench import results
 from vidbench.engine.local import LocalEngine
-from vidbench.records import Measurement
+from vidbench.records import Environment, Measurement
 from vidbench.suites import Axes, plan
 from vidbench.sweep import Point, RequestError, Sweep, unknown
+
+ENGINES = ("local", "ray")
+"""Who runs the points: this machine, or the nodes of a Ray cluster."""
+
+Turn = tuple[Point, int]
+"""A point and the round in which it is to be measured."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +31,108 @@ class Progress:
 
     done: int
     total: int
+    """Of all kinds of machine together."""
     point: Point
     round: int
     measurement: Measurement | None = None
+    node: str = ""
+    """Who measures it; empty on this machine."""
 
 
-def run(
+@dataclass(frozen=True)
+class Terms:
+    """What holds for every point of a sweep, wherever it is measured."""
+
+    device: str
+    dtypes: tuple[str, ...]
+    workloads: Mapping[str, str]
+    """Kind by workload."""
+    timeout_s: float
+    seconds: float
+    video: Path | None = None
+    input: str | None = None
+    """What identifies the video; see `input_of`."""
+
+
+class MachineKind(NamedTuple):
+    """A kind of machine that takes part: it gets a run of its own."""
+
+    environment: Environment
+    implementations: Mapping[str, tuple[str, ...]]
+    """By workload."""
+    folder: str = ""
+    """Of its run, under the one that was asked for."""
+
+
+class Step(NamedTuple):
+    """A point that is begun (without a measurement), or done."""
+
+    kind: int
+    """Index of the kind of machine."""
+    point: Point
+    round: int
+    measurement: Measurement | None = None
+    node: str = ""
+
+
+class Engine(Protocol):
+    """Who carries a sweep out. A context manager; what it has started ends with it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def kinds(self) -> list[MachineKind]:
+        """The kinds of machine there are.
+
+        Raises:
+            RequestError: There is none, or it cannot do what is asked.
+        """
+
+    def carry_out(self, todo: Sequence[Sequence[Turn]]) -> Iterator[Step]:
+        """Measures what each kind has to do, each turn once; whatever happens to a turn, there is a measurement of it.
+
+        Raises:
+            RequestError: It cannot go on.
+        """
+
+
+class ThisMachine(LocalEngine):
+    """The local engine as the engine of a sweep: one kind of machine, one turn after the other."""
+
+    def __init__(self, terms: Terms) -> None:
+        super().__init__(timeout_s=terms.timeout_s)
+        self.terms = terms
+        self.round = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def kinds(self) -> list[MachineKind]:
+        """This machine."""
+        self.kind = MachineKind(*self.describe(self.terms.device, self.terms.dtypes, self.terms.workloads))
+        return [self.kind]
+
+    def carry_out(self, todo: Sequence[Sequence[Turn]]) -> Iterator[Step]:
+        """In the order given."""
+        (turns,) = todo
+        for point, number in turns:
+            yield Step(0, point, number)
+            yield Step(0, point, number, self.take(point, number))
+
+    def take(self, point: Point, number: int) -> Measurement:
+        """The measurement of one turn; a round begins in a fresh process."""
+        if number != self.round:
+            self.retire()
+            self.round = number
+        video = str(self.terms.video) if self.terms.video else None
+        return self.measure(point, number, self.kind.environment, seconds=self.terms.seconds, video=video)
+
+
+def runs(
     suite: str,
     *,
+    engine: str = "local",
     axes: Axes | None = None,
     models: Iterable[str] = (),
     implementations: Sequence[str] = (),
@@ -42,11 +144,16 @@ def run(
     video: Path | None = None,
     command: str | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
-) -> results.Run:
-    """Carries out a sweep and returns its run; everything measured is on disk as soon as it is measured.
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[results.Run]:
+    """Carries out a sweep and returns its runs; everything measured is on disk as soon as it is measured.
+
+    A run is of one machine and one revision. The local engine makes one; in a cluster every kind of machine measures
+    the whole sweep, its nodes share the points, and its run lies in a folder of its own under `out`.
 
     Args:
         suite: Name of a suite.
+        engine: One of `ENGINES`.
         axes: Values that replace the suite's own, such as `{"clip_length": (8, 16)}`.
         models: Models instead of the suite's own, `package.module:factory` among them.
         implementations: Only these, where a workload has them.
@@ -58,6 +165,7 @@ def run(
         video: A video file that clips are taken from.
         command: What reproduces this run; None takes the process's own command line.
         progress: Called before and after every point.
+        tell: Called with a line on every node that is refused or lost.
 
     Raises:
         RequestError: The request cannot be carried out, said in one line.
@@ -65,51 +173,84 @@ def run(
     axes = dict(axes or {})
     wanted = (*implementations, *map(str, axes.pop("implementation", ())))
     planned = plan(suite, axes=axes, model_names=models, video=video.name if video else None)
-    source = None
     if video is not None:
         from vidbench.data.video import probe
 
         probe(video)
-        with video.open("rb") as file:
-            source = f"{video.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-    rounds = rounds or planned.rounds
-    seconds = seconds or planned.seconds
+    device, dtypes = devices(point for sweep in planned.sweeps for point in sweep.points())
+    terms = Terms(
+        device,
+        dtypes,
+        {sweep.workload: sweep.kind for sweep in planned.sweeps},
+        timeout_s,
+        seconds or planned.seconds,
+        video.resolve() if video else None,
+        input_of(video) if video else None,
+    )
     folder = out or new_folder(suite)
-    with LocalEngine(timeout_s=timeout_s) as engine:
-        device, dtypes = devices(point for sweep in planned.sweeps for point in sweep.points())
-        workloads = {sweep.workload: sweep.kind for sweep in planned.sweeps}
-        environment, known = engine.describe(device, dtypes, workloads)
-        sweeps = choose(planned.sweeps, wanted, known)
-        points = list({point.key: point for sweep in sweeps for point in sweep.points()}.values())
-        opened = results.RunWriter.resume if resume else results.RunWriter.create
-        with opened(
-            folder,
-            suite=suite,
-            sweeps=sweeps,
-            environment=environment,
-            command=command or shlex.join(sys.orig_argv),
-            input=source,
-        ) as writer:
-            todo = [
-                (point, number)
-                for number in range(1, rounds + 1)
-                for point in points
-                if number == 1 or point.kind != "task"
-            ]
-            missing = [(point, number) for point, number in todo if (point.key, number) not in writer.done]
-            done, current = len(todo) - len(missing), 0
-            for point, number in missing:
-                if number != current:
-                    engine.retire()  # a round is a fresh process
-                    current = number
-                progress(Progress(done, len(todo), point, number))
-                measurement = engine.measure(
-                    point, number, environment, seconds=seconds, video=str(video) if video else None
+    opened = results.RunWriter.resume if resume else results.RunWriter.create
+    with ExitStack() as stack:
+        crew = stack.enter_context(_engine(engine, terms, tell))
+        kinds = crew.kinds()
+        chosen = [choose(planned.sweeps, wanted, kind.implementations) for kind in kinds]
+        writers = [
+            stack.enter_context(
+                opened(
+                    folder / kind.folder,
+                    suite=suite,
+                    sweeps=sweeps,
+                    environment=kind.environment,
+                    command=command or shlex.join(sys.orig_argv),
+                    input=terms.input,
                 )
-                writer.append(measurement)
+            )
+            for kind, sweeps in zip(kinds, chosen, strict=True)
+        ]
+        todo = [_turns(sweeps, rounds or planned.rounds) for sweeps in chosen]
+        missing = [
+            [(point, number) for point, number in turns if (point.key, number) not in writer.done]
+            for turns, writer in zip(todo, writers, strict=True)
+        ]
+        total = sum(map(len, todo))
+        done = total - sum(map(len, missing))
+        for step in crew.carry_out(missing):
+            if step.measurement is not None:
+                writers[step.kind].append(step.measurement)
                 done += 1
-                progress(Progress(done, len(todo), point, number, measurement))
-    return results.load(folder)
+            progress(Progress(done, total, step.point, step.round, step.measurement, step.node))
+    return [results.load(folder / kind.folder) for kind in kinds]
+
+
+def run(suite: str, **options: Any) -> results.Run:
+    """Carries out a sweep on this machine and returns its run; the options are those of `runs`, but `engine`."""
+    (done,) = runs(suite, engine="local", **options)
+    return done
+
+
+def _engine(name: str, terms: Terms, tell: Callable[[str], None]) -> Engine:
+    if name == "local":
+        return ThisMachine(terms)
+    if name != "ray":
+        raise unknown("engine", name, ENGINES)
+    try:
+        from vidbench.engine.ray import RayEngine
+    except ModuleNotFoundError as missing:
+        raise RequestError(f"--engine ray needs {missing.name}: pip install 'vidbench[ray]'") from None
+    return RayEngine(terms, tell)
+
+
+def _turns(sweeps: tuple[Sweep, ...], rounds: int) -> list[Turn]:
+    """Every point in every round; a training, whose seed decides its accuracy, once."""
+    points = {point.key: point for sweep in sweeps for point in sweep.points()}.values()
+    return [
+        (point, number) for number in range(1, rounds + 1) for point in points if number == 1 or point.kind != "task"
+    ]
+
+
+def input_of(video: Path) -> str:
+    """What identifies a video: its name, and the beginning of its digest."""
+    with video.open("rb") as file:
+        return f"{video.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
 def new_folder(suite: str) -> Path:

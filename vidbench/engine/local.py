@@ -19,6 +19,7 @@ import msgspec
 
 from vidbench import worker as protocol
 from vidbench.records import Environment, Measurement, Status
+from vidbench.run_format import impossible
 from vidbench.sweep import Point, RequestError
 
 START_TIMEOUT_S = 300.0
@@ -77,6 +78,10 @@ class LocalEngine:
             answer = self._answer(worker, protocol.Description, START_TIMEOUT_S)
         except TimeoutError:
             raise RequestError(f"this machine could not be described within {START_TIMEOUT_S:g} s") from None
+        except msgspec.MsgspecError as error:
+            raise RequestError(
+                f"this machine could not be described: the worker's answer is unreadable: {error}"
+            ) from None
         except OSError:
             answer = None
         if answer is None:
@@ -88,7 +93,7 @@ class LocalEngine:
     def measure(
         self, point: Point, round: int, environment: Environment, *, seconds: float, video: str | None
     ) -> Measurement:
-        """The measurement of one point; whatever becomes of the worker, there is one."""
+        """The measurement of one point; whatever becomes of the worker, and whatever it says, there is one."""
         started = time.perf_counter()
         worker = self._ready()
         oom_kills = _oom_kills()
@@ -98,6 +103,8 @@ class LocalEngine:
                 worker.adopted = environment
             worker.log.seek(0)
             worker.log.truncate()  # its last words are to be about this point
+            if _is_talking(worker.connection):
+                return self._refuse(worker, point, round, started, "it answered before it was asked")
             protocol.send(worker.connection, protocol.Task(point, round, seconds, video))
             answer: Measurement | None = self._answer(worker, Measurement, self.timeout_s)
         except TimeoutError:
@@ -107,15 +114,21 @@ class LocalEngine:
         except OSError:  # it hung up
             answer = None
         except msgspec.MsgspecError as error:
-            self._kill(worker)
-            reason = f"the worker's answer is unreadable: {error}"
-            return Measurement(point, round, "crashed", reason, wall_s=time.perf_counter() - started)
+            return self._refuse(worker, point, round, started, f"unreadable: {error}")
         if answer is not None:
+            if wrong := _wrong(answer, point, round):
+                return self._refuse(worker, point, round, started, wrong)
             if point.implementation == "compiled" or answer.status not in ("ok", "skipped"):
                 self.retire()  # compiled code belongs to one point, and what went wrong may have left something behind
             return _with_transport(answer, time.perf_counter() - started)
         status, reason = self._bury(oom_kills)
         return Measurement(point, round, status, reason, wall_s=time.perf_counter() - started)
+
+    def _refuse(self, worker: _Worker, point: Point, round: int, started: float, why: str) -> Measurement:
+        """The row of a point whose worker cannot be believed; the next one gets a fresh worker."""
+        self._kill(worker)
+        reason = f"the worker's answer cannot be believed: {why}"
+        return Measurement(point, round, "crashed", reason, wall_s=time.perf_counter() - started)
 
     def retire(self) -> None:
         """Ends the worker; the next point gets a fresh one."""
@@ -179,9 +192,8 @@ class LocalEngine:
         Raises:
             TimeoutError: The time is over.
         """
-        worker.connection.settimeout(timeout_s)
         try:
-            return protocol.receive(worker.connection, kind)
+            return protocol.receive(worker.connection, kind, timeout_s=timeout_s)
         except ConnectionResetError:
             return None
 
@@ -199,7 +211,7 @@ class LocalEngine:
         if not os.WIFSIGNALED(status):
             return "crashed", f"the worker ended with exit code {os.WEXITSTATUS(status)}{words}"
         if os.WTERMSIG(status) != signal.SIGKILL:
-            return "crashed", f"{signal.Signals(os.WTERMSIG(status)).name}{words}"
+            return "crashed", f"{_name_of(os.WTERMSIG(status))}{words}"
         if oom_kills is not None and (_oom_kills() or 0) > oom_kills:
             return "oom", "killed by the kernel: out of memory"
         return "crashed", "killed by SIGKILL from outside"
@@ -224,6 +236,37 @@ class LocalEngine:
             self._stop_server()
             return signal.SIGKILL
         return status
+
+
+def _wrong(answer: Measurement, point: Point, round: int) -> str:
+    """Why an answer cannot be what was asked for; empty where it can."""
+    if answer.point.key != point.key:
+        return f"it is of {answer.point.key}"
+    if answer.round != round:
+        return f"it is of round {answer.round}"
+    if answer.status == "ok" and not (len(answer.samples_s) or answer.accuracy):
+        return "it is ok and holds neither times nor an accuracy"
+    return impossible(answer)
+
+
+def _is_talking(connection: socket.socket) -> bool:
+    """Whether there is something to be read."""
+    patience = connection.gettimeout()
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except OSError:  # nothing, or a worker that is gone, which is noticed when it is asked
+        return False
+    finally:
+        connection.settimeout(patience)
+
+
+def _name_of(number: int) -> str:
+    """SIGSEGV; of a signal without a name its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _kill_group(pid: int) -> None:

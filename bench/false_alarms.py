@@ -1,0 +1,511 @@
+"""How often verdicts are wrong: false alarms and power of the gate, of `compare` and of the peers' rules, on like data.
+
+    python bench/false_alarms.py record --rounds 60 --out reports/noise/NAME       # three sides of ten points, in turn
+    python bench/false_alarms.py judge reports/noise/NAME --sweeps 1000 --out reports/verdicts
+
+An A/A sweep measures the same code on both sides: whatever it calls slower is a false alarm. `judge` makes such sweeps
+of 50 points from what `record` has recorded and from simulated machines, and sweeps of 10 points of which one was made
+slower, and hands all of them to `vidbench.gate.judge`, look by look, and to the rules of other tools. Every part is
+written as soon as it is done, and a part that is there already is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vidbench.compare import compare
+from vidbench.gate import LOOKS, SIDES, Side, Step, judge, take_round, undecided
+from vidbench.progress import Bar
+from vidbench.records import Environment, Measurement
+from vidbench.results import Run, RunWriter, load
+from vidbench.sweep import Point
+
+Numbers = npt.NDArray[np.float64]
+"""Seconds: (sides, points, rounds, samples)."""
+
+SAMPLES = 10
+"""Of a process that are judged."""
+
+AA_POINTS = 50
+POWER_POINTS = 10
+SLOWDOWNS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2)
+BASELINES = 5
+CHUNK = 10
+"""Sweeps that one process judges at a time."""
+
+MACHINE = Environment(machine="simulated", cores=2, threads=2, git_commit="0" * 40)
+RECORDING = "samples.parquet"
+
+
+# --- where the noise comes from ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A machine whose processes, samples and runs differ by chance alone."""
+
+    name: str
+    meaning: str
+    process: float
+    """Robust standard deviation of the logarithm of a process's time."""
+    heavy: bool = True
+    """Whether processes follow Student's t of three degrees of freedom, else a normal distribution."""
+    sample: float = 0.01
+    """Standard deviation of the logarithm of a sample within its process."""
+    slow_mode: float = 0.0
+    """By how much of the logarithm three processes in ten are slower."""
+    weather: float = 0.0
+    """Standard deviation of the steps of a random walk that all sides and points share, from round to round."""
+    run: float = 0.1
+    """Standard deviation of the logarithm of a stored run's time; sides that are measured in turn share it."""
+
+    def draw(self, rng: np.random.Generator, points: int, *, sides: int = 3, apart: bool = False) -> Numbers:
+        """Sides of one A/A sweep; `apart` makes each a run of its own."""
+        shape = (sides, points, LOOKS[-1])
+        if self.heavy:
+            # Scaled so that half of all processes lie as far from the middle as those of a normal distribution do.
+            processes = self.process * rng.standard_t(3, shape) * 0.6745 / 0.7649
+        else:
+            processes = self.process * rng.standard_normal(shape)
+        processes += self.slow_mode * (rng.random(shape) < 0.3)
+        processes += self.weather * np.cumsum(rng.standard_normal(LOOKS[-1]))
+        if apart:
+            processes += self.run * rng.standard_normal((sides, points, 1))
+        logs = processes[..., None] + self.sample * rng.standard_normal((*shape, SAMPLES))
+        return np.asarray(1e-3 * np.exp(logs))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Rounds that a real machine took in turn, dealt anew: which point, from which round on, which side is which."""
+
+    folder: Path
+    name: str = "recorded"
+
+    @property
+    def meaning(self) -> str:
+        """What was recorded."""
+        seconds, _ = self._recording()
+        return f"{seconds.shape[1]} points × {seconds.shape[2]} rounds × {len(SIDES)} processes in turn"
+
+    def draw(self, rng: np.random.Generator, points: int, *, sides: int = 3) -> Numbers:
+        """Sides of one A/A sweep: contiguous rounds, so that what drifts still drifts."""
+        seconds, _ = self._recording()
+        _, recorded, rounds, _ = seconds.shape
+        chosen = np.empty((sides, points, LOOKS[-1], SAMPLES))
+        distinct = rng.permutation(recorded)
+        for index in range(points):
+            # A small sweep takes every point once, a large one several times, from other rounds on.
+            at = distinct[index % recorded]
+            turns = (rng.integers(rounds) + np.arange(LOOKS[-1])) % rounds
+            chosen[:, index] = seconds[rng.permutation(len(SIDES))[:sides], at][:, turns]
+        return chosen
+
+    def seconds_per_round(self) -> float:
+        """What one round of all recorded points and sides took, checks included."""
+        return self._recording()[1]
+
+    def _recording(self) -> tuple[Numbers, float]:
+        if self.folder not in _RECORDINGS:
+            _RECORDINGS[self.folder] = _read(self.folder)
+        return _RECORDINGS[self.folder]
+
+
+_RECORDINGS: dict[Path, tuple[Numbers, float]] = {}
+
+
+def _read(folder: Path) -> tuple[Numbers, float]:
+    import pandas as pd
+
+    frame = pd.read_parquet(folder / RECORDING)
+    points, rounds = frame["point"].unique(), sorted(frame["round"].unique())
+    seconds = np.empty((len(SIDES), len(points), len(rounds), SAMPLES))
+    rng = np.random.default_rng(0)
+    by = {key: group["sample_s"].to_numpy() for key, group in frame.groupby(["side", "point", "round"])}
+    for at in np.ndindex(seconds.shape[:3]):
+        samples = by[SIDES[at[0]], points[at[1]], rounds[at[2]]]
+        seconds[at] = rng.choice(samples, SAMPLES, replace=len(samples) < SAMPLES)
+    wall = frame.drop_duplicates(["side", "point", "round"])["wall_s"].sum() / len(rounds)
+    return seconds, float(wall)
+
+
+MACHINES = (
+    Simulated("shared", "processes differ by 2 %, now and then by far more, as on a shared machine", 0.02),
+    Simulated("quiet", "processes differ by 0.5 %", 0.005, heavy=False, sample=0.005, run=0.01),
+    Simulated("two modes", "three processes in ten are 10 % slower, for good", 0.005, slow_mode=0.1),
+    Simulated("drifting", "as quiet, but the whole machine wanders by 2 % a round", 0.005, False, weather=0.02),
+)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _points(count: int) -> list[Point]:
+    return [Point("conv3d", "op", "library", case={"in_channels": number}) for number in range(1, count + 1)]
+
+
+def _run(name: str, measurements: Sequence[Measurement]) -> Run:
+    return Run(1, name, "simulated", "2026-01-01T00:00:00Z", (), MACHINE, "", None, list(measurements), (), Path(name))
+
+
+def gate_verdicts(seconds: Numbers) -> list[dict[int, str]]:
+    """What `vidbench gate` says after each look, by number of the point; the last look's stands to the end."""
+    points = _points(seconds.shape[1])
+    numbers = {point.key: number for number, point in enumerate(points)}
+    medians = np.median(seconds, axis=3)
+    lines: dict[str, list[Measurement]] = {side: [] for side in SIDES}
+    still = set(numbers)
+    found: list[dict[int, str]] = []
+    done = 0
+    for look in LOOKS:
+        if still:
+            for side, times in zip(SIDES, medians, strict=True):
+                lines[side] += [
+                    Measurement(points[number], turn + 1, "ok", samples_s=(times[number, turn],))
+                    for number in sorted(numbers[key] for key in still)
+                    for turn in range(done, look)
+                ]
+            comparison = judge(*(_run(side, lines[side]) for side in SIDES), rounds=look)
+            still = undecided(comparison)
+            verdicts = {numbers[one.point.key]: str(one.verdict) for one in comparison.points}
+        found.append(verdicts)
+        done = look
+    return found
+
+
+def compare_verdicts(seconds: Numbers) -> dict[int, str]:
+    """What `vidbench compare` says of two stored runs of six rounds; further sides are baselines."""
+    points = _points(seconds.shape[1])
+    medians = np.median(seconds, axis=3)
+    runs = [
+        _run(
+            f"run {side}",
+            [
+                Measurement(point, turn + 1, "ok", samples_s=(medians[side, number, turn],))
+                for number, point in enumerate(points)
+                for turn in range(LOOKS[0])
+            ],
+        )
+        for side in range(len(seconds))
+    ]
+    base, new, *others = runs
+    return {number: str(one.verdict) for number, one in enumerate(compare(base, new, baselines=others).points)}
+
+
+Rule = Callable[[Numbers, Numbers], npt.NDArray[np.bool_]]
+"""Which points are slower, from the samples of both sides, (points, samples)."""
+
+
+def pytest_benchmark(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
+    """`--benchmark-compare-fail=mean:5%`, by pytest-benchmark's own check."""
+    from pytest_benchmark.utils import parse_compare_fail
+
+    check = parse_compare_fail("mean:5%")
+    pairs = zip(base.mean(axis=1), new.mean(axis=1), strict=True)
+    return np.array([bool(check.fails({"mean": after}, {"mean": before})) for before, after in pairs])
+
+
+def welch(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
+    """Welch's t test of the samples of each point by itself at 0.05."""
+    from scipy.stats import ttest_ind
+
+    return np.asarray((ttest_ind(base, new, axis=1, equal_var=False).pvalue < 0.05) & (new.mean(1) > base.mean(1)))
+
+
+def asv(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
+    """`asv continuous` (0.6): Mann-Whitney at 0.002, and medians that differ by a factor of 1.1."""
+    from scipy.stats import mannwhitneyu
+
+    differ = mannwhitneyu(base, new, axis=1).pvalue < 0.002
+    if 1 / math.comb(base.shape[1] + new.shape[1], base.shape[1]) >= 0.002:
+        raise ValueError(f"{base.shape[1]} samples are too few for asv's test")
+    return np.asarray(differ & (np.median(base, axis=1) < np.median(new, axis=1) / 1.1))
+
+
+def nvbench(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
+    """`nvbench_compare.py`: means further apart than the smaller of both relative standard deviations."""
+    noise = np.minimum(base.std(1, ddof=1) / base.mean(1), new.std(1, ddof=1) / new.mean(1))
+    return np.asarray(new.mean(1) / base.mean(1) - 1 > noise)
+
+
+PEERS: Mapping[str, Rule] = {
+    "pytest-benchmark, mean:5%": pytest_benchmark,
+    "Welch at 0.05": welch,
+    "asv continuous, 1.1": asv,
+    "nvbench_compare": nvbench,
+}
+
+
+def peer_verdicts(seconds: Numbers) -> dict[str, npt.NDArray[np.bool_]]:
+    """What other tools call slower: given one process of either side, as they are used, and given all of them."""
+    base, new = seconds[:2]
+    found = {}
+    for name, rule in PEERS.items():
+        found[f"{name}; 1 process"] = rule(base[:, 0], new[:, 0])
+        found[f"{name}; {LOOKS[-1]} processes"] = rule(*(side.reshape(len(side), -1) for side in (base, new)))
+    return found
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+GATE = "vidbench gate"
+COMPARE = f"vidbench compare, {BASELINES} baselines"
+BLIND = "vidbench compare, no baselines"
+
+
+def _slowed(seconds: Numbers, slowdown: float) -> Numbers:
+    """The sweep with the first point of the second side slower."""
+    seconds = seconds.copy()
+    seconds[1, 0] *= 1 + slowdown
+    return seconds
+
+
+def alarms(noise: Simulated | Recorded, seed: int) -> dict[str, bool]:
+    """Of one A/A sweep: which rules call anything slower."""
+    rng = np.random.default_rng(seed)
+    seconds = noise.draw(rng, AA_POINTS)
+    looks = gate_verdicts(seconds)
+    found = {f"{GATE}, {look} rounds": "SLOWER" in said.values() for look, said in zip(LOOKS, looks, strict=True)}
+    found |= {name: bool(slower.any()) for name, slower in peer_verdicts(seconds).items()}
+    if isinstance(noise, Simulated):
+        apart = noise.draw(rng, AA_POINTS, sides=1 + BASELINES, apart=True)
+        found[COMPARE] = "SLOWER" in compare_verdicts(apart).values()
+        found[BLIND] = "SLOWER" in compare_verdicts(apart[:2]).values()
+    return found
+
+
+def finds(noise: Simulated | Recorded, seed: int) -> dict[str, bool]:
+    """Of one sweep in which one point is slower: which rules call that point slower, by rule and slowdown."""
+    rng = np.random.default_rng(seed)
+    honest = noise.draw(rng, POWER_POINTS)
+    apart = noise.draw(rng, POWER_POINTS, sides=1 + BASELINES, apart=True) if isinstance(noise, Simulated) else None
+    found = {}
+    for slowdown in SLOWDOWNS:
+        seconds = _slowed(honest, slowdown)
+        for look, said in zip(LOOKS, gate_verdicts(seconds), strict=True):
+            found[f"{GATE}, {look} rounds @ {slowdown}"] = said[0] == "SLOWER"
+        for name, slower in peer_verdicts(seconds).items():
+            found[f"{name} @ {slowdown}"] = bool(slower[0])
+        if apart is not None:
+            found[f"{COMPARE} @ {slowdown}"] = compare_verdicts(_slowed(apart, slowdown))[0] == "SLOWER"
+            found[f"{BLIND} @ {slowdown}"] = compare_verdicts(_slowed(apart, slowdown)[:2])[0] == "SLOWER"
+    return found
+
+
+def _count(part: Callable[[int], dict[str, bool]], seeds: Sequence[int]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for seed in seeds:
+        for name, said in part(seed).items():
+            counts[name] = counts.get(name, 0) + said
+    return counts
+
+
+def _counted(part: Callable[[int], dict[str, bool]], total: int, what: str) -> dict[str, int]:
+    """How many of so many sweeps each rule has named."""
+    bar = Bar(sys.stderr, every_s=20)
+    counts: dict[str, int] = {}
+    chunks = [range(first, min(first + CHUNK, total)) for first in range(0, total, CHUNK)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for number, found in enumerate(pool.map(partial(_count, part), chunks), 1):
+            for name, count in found.items():
+                counts[name] = counts.get(name, 0) + count
+            bar.update(number, len(chunks), what)
+            bar.say(f"{what}: {min(number * CHUNK, total)} of {total} sweeps", last=number == len(chunks))
+    bar.close()
+    return counts
+
+
+def judged(noises: Sequence[Simulated | Recorded], out: Path, sweeps: int, power_sweeps: int) -> dict[str, Any]:
+    """All parts; those that `out` has already, of as many sweeps, are taken from there."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "verdicts.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for noise in noises:
+        entry = found.setdefault(noise.name, {})
+        entry["meaning"] = noise.meaning
+        if isinstance(noise, Recorded):
+            entry["seconds_per_round"] = noise.seconds_per_round()
+        for name, part, total in (("alarms", alarms, sweeps), ("finds", finds, power_sweeps)):
+            if entry.get(name, {}).get("sweeps") != total:
+                counts = _counted(partial(part, noise), total, f"{noise.name}, {name}")
+                entry[name] = {"sweeps": total, "counts": counts}
+            part_path = path.with_suffix(".tmp")
+            part_path.write_text(json.dumps(found, indent=1) + "\n")
+            part_path.replace(path)
+    return found
+
+
+# --- what is said of them ---------------------------------------------------------------------------------------------
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share. Source: Wilson (1927), JASA 22(158):209."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share = count / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _share(part: Mapping[str, Any], name: str) -> str:
+    if name not in part["counts"]:
+        return "–"
+    return f"{part['counts'][name] / part['sweeps']:.1%}".replace("%", " %")
+
+
+def tables(found: Mapping[str, Any]) -> Iterator[str]:
+    """Markdown: false alarms and power of every rule, then the power of the gate by slowdown and rounds."""
+    first = next(iter(found.values()))
+    sweeps, power_sweeps = first["alarms"]["sweeps"], first["finds"]["sweeps"]
+    gates = [f"{GATE}, {look} rounds" for look in LOOKS]
+    rules = [gates[-1], *(name for entry in found.values() for name in entry["alarms"]["counts"] if name not in gates)]
+    rules = list(dict.fromkeys(rules))
+    yield (
+        f"**False alarms**: share of {sweeps} A/A sweeps of {AA_POINTS} points in which a rule calls anything slower; "
+        f"behind the dash, how often it finds 5 % on one of {POWER_POINTS} points ({power_sweeps} sweeps).\n"
+    )
+    yield "| rule | " + " | ".join(found) + " |"
+    yield "|---|" + "---|" * len(found)
+    for rule in rules:
+        cells = [f"{_share(one['alarms'], rule)} / {_share(one['finds'], f'{rule} @ 0.05')}" for one in found.values()]
+        yield f"| {rule} | " + " | ".join(cells) + " |"
+    for name, entry in found.items():
+        low, high = wilson(entry["alarms"]["counts"][gates[-1]], entry["alarms"]["sweeps"])
+        yield f"\n**{name}**: {entry['meaning']}. False alarms of the gate between {low:.2%} and {high:.2%} (95 %)."
+        if "seconds_per_round" in entry:
+            yield f"A round of all recorded points took {entry['seconds_per_round']:.1f} s."
+        yield f"\n| slowdown found by {GATE} | " + " | ".join(f"{look} rounds" for look in LOOKS) + " |"
+        yield "|---|" + "---|" * len(LOOKS)
+        for slowdown in SLOWDOWNS:
+            cells = [_share(entry["finds"], f"{gate} @ {slowdown}") for gate in gates]
+            yield f"| {slowdown:.0%} | " + " | ".join(cells) + " |"
+
+
+def power_figure(found: Mapping[str, Any]) -> Any:
+    """The share of planted slowdowns that are found, over their size; a line for each number of rounds."""
+    import matplotlib.pyplot as plt
+
+    from vidbench.report.style import DASHES, MARKERS, OTHERS, styled
+
+    with styled():
+        figure, axes = plt.subplots(1, len(found), figsize=(3.2 * len(found), 3.2), sharey=True, squeeze=False)
+        for ax, (name, entry) in zip(axes[0], found.items(), strict=True):
+            part = entry["finds"]
+            for index, look in enumerate(LOOKS):
+                shares = [part["counts"][f"{GATE}, {look} rounds @ {one}"] / part["sweeps"] for one in SLOWDOWNS]
+                style = {"color": OTHERS[index], "marker": MARKERS[index], "linestyle": DASHES[index]}
+                ax.plot(
+                    [100 * one for one in SLOWDOWNS], [100 * one for one in shares], label=f"{look} rounds", **style
+                )
+            ax.axhline(95, color="#8c8c8c", linewidth=0.8)
+            ax.set(title=name, xlabel="planted slowdown (%)", xscale="log", ylim=(-2, 102))
+            ax.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+            ax.minorticks_off()
+        axes[0][0].set_ylabel("found (%)")
+        axes[0][-1].legend(loc="lower right")
+        figure.tight_layout()
+    return figure
+
+
+# --- recording --------------------------------------------------------------------------------------------------------
+
+
+def ten_points() -> list[Point]:
+    """Ten short points of every kind."""
+    from vidbench.suites import plan
+
+    chosen: dict[str, Point] = {}
+    for sweep in plan("quick").sweeps:
+        for point in sweep.points():
+            if point.kind in ("op", "model") and point.mode == "forward" and point.case["clip_length"] == 8:
+                chosen.setdefault(point.workload, point)
+    return list(chosen.values())[:10]
+
+
+def record(out: Path, rounds: int, seconds: float) -> None:
+    """Takes rounds of three sides of the same code in turn, as the gate does, and keeps every sample; resumes."""
+    import pandas as pd
+
+    from vidbench.engine import devices
+    from vidbench.engine.local import LocalEngine
+    from vidbench.sweep import Sweep
+
+    points = ten_points()
+    sweeps = [Sweep(one.workload, one.kind, fixed=one.case) for one in points]
+    bar = Bar(sys.stderr)
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(LocalEngine(timeout_s=600)) for name in SIDES}
+        environment, _ = engines["head"].describe(*devices(points), {one.workload: one.kind for one in points})
+        sides = {}
+        for name in SIDES:
+            writer = RunWriter.resume(
+                out / name,
+                suite="noise",
+                sweeps=sweeps,
+                environment=environment,
+                command="bench/false_alarms.py record",
+            )
+            keys = frozenset(one.key for one in points)
+            sides[name] = Side(engines[name], stack.enter_context(writer), environment, keys)
+
+        def tell(step: Step) -> None:
+            bar.update((step.round - 1) * step.of + step.done, rounds * step.of, f"round {step.round}")
+            if step.done == step.of:
+                bar.say(f"round {step.round} of {rounds}")
+
+        for number in range(1, rounds + 1):
+            take_round(number, points, sides, seconds=seconds, progress=tell)
+    bar.close()
+    rows = [
+        {"side": name, "point": one.point.key, "round": one.round, "wall_s": one.wall_s, "sample_s": sample}
+        for name in SIDES
+        for one in load(out / name).measurements
+        for sample in one.samples_s
+    ]
+    pd.DataFrame(rows).to_parquet(out / RECORDING, compression="zstd")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    recording = commands.add_parser("record", help="take rounds of the same code in turn on this machine")
+    recording.add_argument("--rounds", type=int, default=60)
+    recording.add_argument("--seconds", type=float, default=0.05, help="budget for sampling a point in a round")
+    recording.add_argument("--out", type=Path, required=True)
+    judging = commands.add_parser("judge", help="count false alarms and what is found")
+    judging.add_argument("recording", type=Path, nargs="?", help="a folder of `record`; without it, simulations alone")
+    judging.add_argument("--sweeps", type=int, default=1000, help=f"A/A sweeps of {AA_POINTS} points")
+    judging.add_argument("--power-sweeps", type=int, default=400, help=f"sweeps of {POWER_POINTS} points, one slower")
+    judging.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if given.command == "record":
+        record(given.out, given.rounds, given.seconds)
+        return
+    noises: list[Simulated | Recorded] = [Recorded(given.recording)] if given.recording else []
+    found = judged([*noises, *MACHINES], given.out, given.sweeps, given.power_sweeps)
+    text = "\n".join(tables(found)) + "\n"
+    (given.out / "verdicts.md").write_text(text)
+    figure = power_figure(found)
+    for suffix in ("svg", "png"):
+        figure.savefig(given.out / f"power.{suffix}", dpi=150)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
