@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import signal
@@ -414,10 +415,18 @@ def _line(measurement: Measurement) -> str:
 
 
 def main() -> None:
-    """Runs the command line; exit code 2 means that the request could not be carried out."""
+    """Runs the command line; exit code 2: the request could not be carried out; 130: it was interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: in order
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # the name of a folder may be any bytes
     try:
         app()
+    except SystemExit as end:
+        # What is made of Ctrl-C before a command is at work would say that something became worse.
+        if isinstance(end.__context__, typer.Abort):
+            sys.exit(130)
+        raise
     except RequestError as error:
         if "--debug" in sys.argv:
             raise

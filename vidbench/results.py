@@ -56,25 +56,9 @@ IDENTITY = ("machine", "threads", "driver", "cudnn", "python", "torch", "triton"
 LONGEST_BYTES = 2**26
 """Of a line and of run.json: what is longer was not written here, and would only fill the memory."""
 
-_MESSAGE_CHARACTERS = 1000
-
 
 class RunError(RequestError):
-    """A run that cannot be read, continued or written; names the file and, where there is one, the line.
-
-    Its text is one printable line, whatever a damaged file holds.
-    """
-
-    def __init__(self, said: str) -> None:
-        super().__init__(_one_line(said))
-
-
-def _one_line(said: str) -> str:
-    if len(said) > _MESSAGE_CHARACTERS:
-        said = f"{said[:_MESSAGE_CHARACTERS]} …"
-    if said.isprintable():
-        return said
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
+    """A run that cannot be read, continued or written; names the file and, where there is one, the line."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,19 @@ DEVICES = ("cpu", "cuda")
 MEMORY_FORMATS = ("contiguous", "channels_last")
 
 
+LONGEST_MESSAGE = 1000
+
+
 class RequestError(Exception):
-    """A request that cannot be carried out, said in one line: what, what was given, what was wanted, what to do."""
+    """A request that cannot be carried out, said in one line: what, what was given, what was wanted, what to do.
+
+    The line is printable, whatever an argument or a damaged file holds.
+    """
+
+    def __init__(self, said: str) -> None:
+        if len(said) > LONGEST_MESSAGE:
+            said = f"{said[:LONGEST_MESSAGE]} …"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said))
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> RequestError:

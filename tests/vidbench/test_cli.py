@@ -43,6 +43,36 @@ def test_a_bad_request_is_one_line_and_exit_code_2(command: str, said: str) -> N
     assert said in ended.stderr
 
 
+def test_what_cannot_be_shown_is_escaped() -> None:
+    ended = vidbench("sweep", "qu\nick\x1b[31m")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(r"vidbench: error: unknown suite 'qu\nick\x1b[31m'")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_folder_of_any_name_can_be_printed(tmp_path: Path) -> None:
+    name = b"caf\xe9"  # no UTF-8
+    ended = subprocess.run([sys.executable, "-m", "vidbench.cli", "report", name], capture_output=True, check=False,
+                           cwd=tmp_path)  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"vidbench: error: no run at caf")
+    assert b"Traceback" not in ended.stderr
+
+
+def test_an_interrupt_before_a_command_is_at_work_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidbench import cli
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.LISTINGS, cli.Topic.suites, interrupted)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["vidbench", "list", "suites"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130  # 1 would say that something became worse
+
+
 @pytest.mark.parametrize("command", ["sweep", "nothing", "sweep quick --rounds 0", "sweep quick --nothing"])
 def test_bad_usage_is_exit_code_2(command: str) -> None:
     ended = vidbench(*command.split())

@@ -223,7 +223,7 @@ def test_red_and_blue_go_opposite_ways_and_grey_does_not_tell_them() -> None:
     assert abs(float((torch.from_numpy(TWINS).float() * luma).sum(dim=1).diff())) < 0.5
 
 
-@pytest.mark.parametrize("text", ["motion_order", "motion_order:clip_length=40:delay=16"])
+@pytest.mark.parametrize("text", ["motion_order", "motion_order:clip_length=40:delay=10:margin=10"])
 def test_the_class_is_the_order_of_the_movements(text: str) -> None:
     clips, labels = contents_of(text, 60)
     chroma = (clips.amax(dim=1) - clips.amin(dim=1) - 1.6).clamp(min=0)  # noise has little
@@ -235,6 +235,21 @@ def test_the_class_is_the_order_of_the_movements(text: str) -> None:
     time = torch.arange(moved.shape[1])
     sooner = (right * time).sum(1) / right.sum(1) < (left * time).sum(1) / left.sum(1)
     assert (sooner == (labels == 0)).double().mean() > 0.9
+
+
+def test_with_a_margin_no_place_in_a_window_tells_which_movement_it_is() -> None:
+    clips, _ = contents_of("motion_order:clip_length=40:delay=10:margin=10", 60)
+    chroma = (clips.amax(dim=1) - clips.amin(dim=1) - 1.6).clamp(min=0)
+    shown = (chroma.sum(dim=(2, 3)) > 20).double().mean(dim=0)  # [T]: a disc may be near a border
+    moving = [time for time, share in enumerate(shown.tolist()) if share > 0.5]
+    first, second = moving[:5], moving[5:]
+    assert len(second) == 5
+    assert second[0] - first[-1] > 10
+    # Eleven frames, which are ten flow fields, at every fifth frame: each movement is seen at the same places.
+    starts = range(0, 40 - 10, 5)
+    seen = [{tuple(t - at for t in move if at <= t < at + 11) for at in starts} for move in (first, second)]
+    assert seen[0] == seen[1]
+    assert {(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)} <= seen[0]
 
 
 def _best_shift(clips: Tensor) -> Tensor:

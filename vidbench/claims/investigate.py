@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from vidbench.claims import Claim, Experiment, Finding, Outcome, Row, judge
+from vidbench.engine.local import signal_name
 from vidbench.records import Environment
 from vidbench.run_format import UNDECODABLE
 from vidbench.sweep import RequestError
@@ -330,7 +331,7 @@ def _answer(job: _Running, elapsed: float) -> Outcome:
     except (EOFError, OSError):
         job.process.join(GRACE_S)
         code = job.process.exitcode
-        ended = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        ended = signal_name(-code) if code is not None and code < 0 else f"exit code {code}"
         rows, failure = [], f"crashed: the process ended with {ended}"
     job.answers.close()
     job.process.join(GRACE_S)

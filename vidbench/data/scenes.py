@@ -176,18 +176,20 @@ def colour_binding(entropy: Bytes, *, clip_length: int) -> Scene:
 MOVE_LENGTH = 5
 
 
-def motion_order(entropy: Bytes, *, clip_length: int, delay: int) -> Scene:
+def motion_order(entropy: Bytes, *, clip_length: int, delay: int, margin: int) -> Scene:
     """A disc moves to the right for five frames, another one to the left; a class is which comes first.
 
     Both classes show the same frames, and each movement is shown as it was made.
 
     Args:
         delay: Frames of noise between the two.
+        margin: Frames of noise before and after both, at least. With as many as a network sees at a time, the first
+            movement is seen at every place that the second is seen at, and no place tells which it is.
     """
     contents = len(entropy)
     frames = _noise(entropy, clip_length)
     head = entropy[:, :HEAD].astype(np.int64)
-    onset = head[:, 14] * (clip_length - 2 * MOVE_LENGTH - delay + 1) >> 8
+    onset = margin + (head[:, 14] * (clip_length - 2 * (MOVE_LENGTH + margin) - delay + 1) >> 8)
     first = onset[:, None] + np.arange(MOVE_LENGTH)  # [C, L]
     slots = first, first + MOVE_LENGTH + delay
     which = np.arange(contents)[:, None]

@@ -271,14 +271,18 @@ def _colour_binding(*, clip_length: int = 16) -> Task:
     )
 
 
-def _motion_order(*, clip_length: int = 16, delay: int = 0) -> Task:
-    _in_range(clip_length=(clip_length, 2 * scenes.MOVE_LENGTH + delay, 1024), delay=(delay, 0, 1000))
+def _motion_order(*, clip_length: int = 16, delay: int = 0, margin: int = 0) -> Task:
+    _in_range(
+        clip_length=(clip_length, 2 * (scenes.MOVE_LENGTH + margin) + delay, 1024),
+        delay=(delay, 0, 1000),
+        margin=(margin, 0, 500),
+    )
     return Task(
         name="motion_order",
         meaning="which of two movements comes first; both classes show the very same frames",
         classes=("right, then left", "left, then right"),
         clip_length=clip_length,
-        content=partial(scenes.motion_order, clip_length=clip_length, delay=delay),
+        content=partial(scenes.motion_order, clip_length=clip_length, delay=delay, margin=margin),
         entropy_bytes=scenes.noise_bytes(clip_length),
     )
 

@@ -211,7 +211,7 @@ class LocalEngine:
         if not os.WIFSIGNALED(status):
             return "crashed", f"the worker ended with exit code {os.WEXITSTATUS(status)}{words}"
         if os.WTERMSIG(status) != signal.SIGKILL:
-            return "crashed", f"{_name_of(os.WTERMSIG(status))}{words}"
+            return "crashed", f"{signal_name(os.WTERMSIG(status))}{words}"
         if oom_kills is not None and (_oom_kills() or 0) > oom_kills:
             return "oom", "killed by the kernel: out of memory"
         return "crashed", "killed by SIGKILL from outside"
@@ -261,7 +261,7 @@ def _is_talking(connection: socket.socket) -> bool:
         connection.settimeout(patience)
 
 
-def _name_of(number: int) -> str:
+def signal_name(number: int) -> str:
     """SIGSEGV; of a signal without a name its number."""
     try:
         return signal.Signals(number).name
