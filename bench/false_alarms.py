@@ -137,9 +137,13 @@ def _read(folder: Path) -> tuple[Numbers, float]:
     seconds = np.empty((len(SIDES), len(points), len(rounds), SAMPLES))
     rng = np.random.default_rng(0)
     by = {key: group["sample_s"].to_numpy() for key, group in frame.groupby(["side", "point", "round"])}
-    for at in np.ndindex(seconds.shape[:3]):
-        samples = by[SIDES[at[0]], points[at[1]], rounds[at[2]]]
-        seconds[at] = rng.choice(samples, SAMPLES, replace=len(samples) < SAMPLES)
+    for at in np.ndindex(seconds.shape[1:3]):
+        sides = [by[side, points[at[0]], rounds[at[1]]] for side in SIDES]
+        count = min(map(len, sides))
+        # The same samples of all sides, as they were taken in turn.
+        chosen = np.sort(rng.choice(count, SAMPLES, replace=count < SAMPLES))
+        for which, samples in enumerate(sides):
+            seconds[which, *at] = samples[chosen]
     wall = frame.drop_duplicates(["side", "point", "round"])["wall_s"].sum() / len(rounds)
     return seconds, float(wall)
 
@@ -167,16 +171,15 @@ def gate_verdicts(seconds: Numbers) -> list[dict[int, str]]:
     """What `vidbench gate` says after each look, by number of the point; the last look's stands to the end."""
     points = _points(seconds.shape[1])
     numbers = {point.key: number for number, point in enumerate(points)}
-    medians = np.median(seconds, axis=3)
     lines: dict[str, list[Measurement]] = {side: [] for side in SIDES}
     still = set(numbers)
     found: list[dict[int, str]] = []
     done = 0
     for look in LOOKS:
         if still:
-            for side, times in zip(SIDES, medians, strict=True):
+            for side, times in zip(SIDES, seconds, strict=True):
                 lines[side] += [
-                    Measurement(points[number], turn + 1, "ok", samples_s=(times[number, turn],))
+                    Measurement(points[number], turn + 1, "ok", samples_s=times[number, turn].tolist())
                     for number in sorted(numbers[key] for key in still)
                     for turn in range(done, look)
                 ]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from vidbench.causes import causes
 from vidbench.metrics import SEVERITY, Interval, interval
 from vidbench.records import Accuracy, Environment, Measurement
@@ -158,7 +160,7 @@ def compare(
         base: What was.
         new: What is.
         baselines: Further runs of BASE's revision and machine; five with it tell how far runs lie apart by chance.
-        again: BASE measured once more, where round i of all three was taken in turn, so that rounds belong together.
+        again: BASE measured once more, where the samples of round i of all three were taken in turn.
         rate: Of false discoveries.
     """
     sides = _sides(base.measurements), _sides(new.measurements)
@@ -341,10 +343,17 @@ def _smallest(effect: Effect, floor: float) -> float:
 
 
 def _in_turn(key: str, sides: tuple[dict[str, _Side], dict[str, _Side]], again: dict[str, _Side]) -> Effect | None:
-    """The effect of rounds that belong together."""
-    times = [side[key].times() if key in side else {} for side in (*sides, again)]
-    common = sorted(set.intersection(*(set(side) for side in times)))
-    return paired(*([side[number] for number in common] for side in times))
+    """The effect of rounds that belong together, and in them of samples, the first with the first and so on."""
+    timed = [side[key].times() if key in side else {} for side in (*sides, again)]
+    changes, repeats = [], []
+    for number in sorted(set.intersection(*(set(side) for side in timed))):
+        logs = [np.log(side[key].rounds[number].samples_s) for side in (*sides, again)]
+        if len(set(map(len, logs))) > 1:  # one of them was measured by itself
+            logs = [np.median(one, keepdims=True) for one in logs]
+        base, new, repeated = logs
+        changes.append(float(np.median(new - (base + repeated) / 2)))
+        repeats.append(float(np.median(repeated - base)))
+    return paired(changes, repeats)
 
 
 def _against_runs(

@@ -25,7 +25,7 @@ import vidbench
 from vidbench import results
 from vidbench.compare import FALSE_DISCOVERY_RATE, Comparison, compare
 from vidbench.engine import devices
-from vidbench.engine.local import LocalEngine
+from vidbench.engine.local import LocalEngine, Work, in_turn
 from vidbench.records import Environment, Measurement
 from vidbench.suites import Axes, plan
 from vidbench.sweep import Point, RequestError
@@ -156,14 +156,32 @@ def take_round(
     for index, point in enumerate(points):
         # Who goes first moves on, so that no side is always the one that finds the machine warm.
         first = (number + index) % len(names)
-        for name in (*names[first:], *names[:first]):
+        order = (*names[first:], *names[:first])
+        works = {
+            name: side.engine.measuring(point, number, side.environment, seconds=seconds, in_turn=True)
+            for name in order
+            if point.key in (side := sides[name]).wanted and (point.key, number) not in side.writer.done
+        }
+        done += len(names) - len(works)
+        for name, measured in _one_by_one_where_they_do_not_fit(sides, works, point, number, seconds):
+            sides[name].writer.append(measured)
             done += 1
-            side = sides[name]
-            if point.key not in side.wanted or (point.key, number) in side.writer.done:
-                continue
-            measured = side.engine.measure(point, number, side.environment, seconds=seconds, video=None)
-            side.writer.append(measured)
             progress(Step(number, done, len(names) * len(points), name, measured))
+
+
+def _one_by_one_where_they_do_not_fit(
+    sides: Mapping[str, Side], works: Mapping[str, Work], point: Point, number: int, seconds: float
+) -> Iterator[tuple[str, Measurement]]:
+    """All sides in turn; those for which there was no memory beside the others, by themselves."""
+    alone = []
+    for name, measured in in_turn(works, seconds):
+        if measured.status == "oom":
+            alone.append(name)
+        else:
+            yield name, measured
+    for name in alone:
+        side = sides[name]
+        yield name, side.engine.measure(point, number, side.environment, seconds=seconds, video=None)
 
 
 def judge(base: results.Run, head: results.Run, again: results.Run, *, rounds: int) -> Comparison:

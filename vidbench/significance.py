@@ -63,33 +63,29 @@ AGAIN_FACTOR = 0.75
 other, where all three are alike: (1 + 1/2) σ² of 2 σ²."""
 
 
-def paired(base: Sequence[float], new: Sequence[float], again: Sequence[float] | None = None) -> Effect | None:
-    """The effect where round i of all ran side by side: Tukey & McLaughlin's trimmed t on the ratios of rounds.
+def paired(changes: Sequence[float], repeats: Sequence[float] | None = None) -> Effect | None:
+    """The effect where the sides of a round ran side by side: Tukey & McLaughlin's trimmed t on the rounds' changes.
 
     Args:
-        base: Seconds, one for each round.
-        new: As many.
-        again: As many of the base once more: the base's time is then the mean of both, and how far they lie apart
-            tells of the noise too. The larger of the two estimates counts, as the new side may have noise of its own.
+        changes: Of each round, the logarithm of the new time over the base's.
+        repeats: Of as many, that of the base's time over the base's once more, where `changes` are from the mean of
+            both. How far they lie apart tells of the noise too. The larger of the two estimates counts, as the new side
+            may have noise of its own.
 
     Returns:
         The effect; None of fewer than two rounds.
 
     Source: Tukey & McLaughlin (1963), Sankhya A 25(3):331.
     """
-    if not len(base) == len(new) == len(base if again is None else again):
-        raise ValueError(f"{len(base)} rounds against {len(new)}: rounds that ran side by side are equally many")
-    if len(base) < 2:
+    if len(changes) != len(changes if repeats is None else repeats):
+        raise ValueError(f"{len(changes)} rounds against {len(repeats or ())}: they are the same rounds")
+    if len(changes) < 2:
         return None
-    before, after = np.log(base), np.log(new)
-    if again is None:
-        mean, variance, left = _trimmed(after - before)
-        return Effect(mean, math.sqrt(variance), left - 1)
-    repeated = np.log(again)
-    mean, variance, left = _trimmed(after - (before + repeated) / 2)
-    pooled = (variance + AGAIN_FACTOR * _trimmed(repeated - before)[1]) / 2
-    if pooled > variance:
-        return Effect(mean, math.sqrt(pooled), 2 * (left - 1))
+    mean, variance, left = _trimmed(changes)
+    if repeats is not None:
+        pooled = (variance + AGAIN_FACTOR * _trimmed(repeats)[1]) / 2
+        if pooled > variance:
+            return Effect(mean, math.sqrt(pooled), 2 * (left - 1))
     return Effect(mean, math.sqrt(variance), left - 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -167,6 +167,33 @@ def sample(call: Callable[[], Any], timer: Timer, budget: Budget) -> Samples:
 
 
 SETTLING_S = 0.1
+
+
+def sample_in_turn(
+    call: Callable[[], Any], timer: Timer, budget: Budget, *, turns: Iterator[None], taken: Callable[[float], None]
+) -> Samples:
+    """A sample at each turn, as other processes take theirs in between.
+
+    Args:
+        call: What is timed.
+        timer: Takes the time.
+        budget: Says how well the median should be known; how long it takes is up to the turns.
+        turns: Yields when it is this process's turn.
+        taken: Told that a sample was taken, and how many seconds it took.
+    """
+    calls = calls_per_sample(call, timer, budget)
+    device: list[float] = []
+    host: list[float] = []
+    for _ in turns:
+        if not timer.cold:
+            timer(call)  # the caches were the others'
+        seconds, on_host = timer(call, calls)
+        device.append(seconds)
+        host.append(on_host)
+        taken(seconds * calls)
+    low, high = median_interval(device)
+    known = len(device) >= budget.least and high - low <= 2 * budget.relative_half_width * statistics.median(device)
+    return Samples(device, host if timer.cuda else (), "converged" if known else "budget", calls, timer.hidden)
 
 
 STEPS_PER_SAMPLE = 200

@@ -21,8 +21,9 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ class Task(msgspec.Struct, tag=True, frozen=True):
     seconds: float
     """Budget of the sampling."""
     video: str | None = None
+    in_turn: bool = False
+    """Whether the engine says when a sample is taken: READY is sent, each True answered by the seconds that one took,
+    and False by the Measurement."""
+
+
+READY = "ready"
+"""The first word of a server, and of a worker that is ready to take samples in turn."""
 
 
 def send(connection: socket.socket, message: object, *, fds: tuple[int, ...] = ()) -> None:
@@ -170,7 +178,7 @@ def serve(control: socket.socket) -> None:
     _import_ahead()
     gc.collect()
     gc.freeze()  # what is imported stays; collections in the workers then pass over it
-    send(control, "ready")
+    send(control, READY)
     while True:
         fds: list[int] = []
         request = receive(control, list, fds=fds)
@@ -244,7 +252,22 @@ def _work(connection: socket.socket) -> None:
             send(connection, _describe(request))
         else:
             assert environment is not None  # the engine sends it first
-            send(connection, perform(request, environment, costs))
+            sampler = partial(_sample_in_turn, connection) if request.in_turn else None
+            send(connection, perform(request, environment, costs, sampler))
+
+
+def _sample_in_turn(connection: socket.socket, *arguments: Any) -> Any:
+    """Takes samples when the engine says so."""
+    from vidbench.timing import sample_in_turn
+
+    send(connection, READY)
+    turns = iter(partial(receive, connection, bool), False)
+    return sample_in_turn(*arguments, turns=map(_engine_is_there, turns), taken=partial(send, connection))
+
+
+def _engine_is_there(turn: bool | None) -> None:
+    if turn is None:
+        os._exit(0)
 
 
 def _describe(request: Describe) -> Description:
@@ -258,10 +281,12 @@ def _describe(request: Describe) -> Description:
         return Description(None, refusal=str(error))
 
 
-def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Measurement:
+def perform(
+    task: Task, environment: Environment, costs: dict[str, Any], sampler: Callable[..., Any] | None = None
+) -> Measurement:
     """The measurement of one point, whatever its workload raises."""
     from vidbench.measure import measure
-    from vidbench.timing import Budget
+    from vidbench.timing import Budget, sample
 
     point, started = task.point, time.perf_counter()
     try:
@@ -273,7 +298,13 @@ def perform(task: Task, environment: Environment, costs: dict[str, Any]) -> Meas
             accuracy = trial(point.workload, str(name), seed=int(seed), recipe=recipe, device=point.device).accuracy  # type: ignore[arg-type]
             return Measurement(point, task.round, "ok", accuracy=accuracy, wall_s=time.perf_counter() - started)
         return measure(
-            point, environment, round=task.round, budget=Budget(seconds=task.seconds), video=task.video, costs=costs
+            point,
+            environment,
+            round=task.round,
+            budget=Budget(seconds=task.seconds),
+            video=task.video,
+            sampler=sampler or sample,
+            costs=costs,
         )
     except (Exception, SystemExit) as error:  # noqa: BLE001  a user's model may raise anything; its row says what
         reason = str(error).strip().splitlines()

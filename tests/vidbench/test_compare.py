@@ -50,7 +50,7 @@ def noisy(middle: float, spread: float, rounds: int, seed: int) -> list[float]:
 
 def test_few_pairs_are_the_plain_paired_t_test() -> None:
     base, new = noisy(1.0, 0.02, 7, 0), noisy(1.03, 0.02, 7, 1)
-    found = paired(base, new)
+    found = paired(np.log(new) - np.log(base))
     want = stats.ttest_rel(np.log(new), np.log(base))
     assert found is not None
     assert found.p == pytest.approx(want.pvalue)
@@ -71,9 +71,9 @@ def test_many_rounds_apart_are_yuens_test() -> None:
 
 def test_a_slow_process_in_twenty_changes_little() -> None:
     base, new = noisy(1.0, 0.01, 20, 4), noisy(1.05, 0.01, 20, 5)
-    clean = paired(base, new)
+    clean = paired(np.log(new) - np.log(base))
     new[3] *= 3.0
-    disturbed = paired(base, new)
+    disturbed = paired(np.log(new) - np.log(base))
     assert clean is not None
     assert disturbed is not None
     assert disturbed.log_ratio == pytest.approx(clean.log_ratio, abs=0.005)
@@ -88,8 +88,8 @@ def test_a_repeated_base_never_makes_the_noise_smaller_than_it_is() -> None:
         for tail in (generator.standard_normal, lambda size: generator.standard_t(2, size)):
             alarms = 0
             for _ in range(3000):
-                base, new, again = np.exp(0.02 * tail((3, rounds)))
-                found = paired(base, new, again)
+                base, new, again = 0.02 * tail((3, rounds))
+                found = paired(new - (base + again) / 2, again - base)
                 assert found is not None
                 alarms += found.p < 0.01
             assert alarms <= 45  # 1.5 %: three deviations above 1 %
@@ -127,6 +127,28 @@ def test_planted_changes_are_found_and_others_are_not() -> None:
     slower = next(one for one in found.points if one.verdict == "SLOWER")
     assert slower.effect is not None
     assert slower.effect.ratio == pytest.approx(1.1, rel=0.01)
+
+
+def test_what_slows_all_samples_of_a_moment_alike_is_no_noise() -> None:
+    generator = np.random.default_rng(8)
+
+    def taken(moments: list[float], factor: float) -> list[Measurement]:
+        return [
+            Measurement(point(), number, "ok", samples_s=[1e-2 * factor * one for one in moments])
+            for number in range(1, 7)
+        ]
+
+    moments = np.exp(0.5 * generator.standard_normal(21)).tolist()  # half as fast, twice as fast
+    found = compare(run_of(taken(moments, 1.0)), run_of(taken(moments, 1.05)), again=run_of(taken(moments, 1.0)))
+    (one,) = found.points
+    assert one.verdict == "SLOWER"
+    assert one.effect is not None
+    assert one.effect.ratio == pytest.approx(1.05)
+    # Where a side has other numbers of samples, they are no pairs, and medians are compared.
+    fewer = run_of([replace(m, samples_s=m.samples_s[:15]) for m in taken(moments, 1.05)])
+    (one,) = compare(run_of(taken(moments, 1.0)), fewer, again=run_of(taken(moments, 1.0))).points
+    assert one.effect is not None
+    assert one.effect.ratio == pytest.approx(1.05 * np.median(moments[:15]) / np.median(moments))
 
 
 def test_runs_taken_apart_are_judged_by_the_noise_between_runs() -> None:

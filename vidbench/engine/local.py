@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,10 @@ GRACE_S = 10.0
 
 REASON_CHARACTERS = 300
 LOG_BYTES = 2**16
+
+
+Work = Generator[float, bool, Measurement]
+"""A measurement that is taken step by step: see `LocalEngine.measuring`."""
 
 
 @dataclass
@@ -94,9 +98,33 @@ class LocalEngine:
         self, point: Point, round: int, environment: Environment, *, seconds: float, video: str | None
     ) -> Measurement:
         """The measurement of one point; whatever becomes of the worker, and whatever it says, there is one."""
+        work = self.measuring(point, round, environment, seconds=seconds, video=video)
+        try:
+            next(work)
+        except StopIteration as end:
+            measurement: Measurement = end.value
+            return measurement
+        raise AssertionError("without turns there is nothing to wait for")
+
+    def measuring(
+        self,
+        point: Point,
+        round: int,
+        environment: Environment,
+        *,
+        seconds: float,
+        video: str | None = None,
+        in_turn: bool = False,
+    ) -> Work:
+        """The measurement of one point, step by step.
+
+        In turn with others it yields first when samples can be taken; then each `send(True)` takes one and yields the
+        seconds that it took, and `send(False)` ends it. What it returns in the end is the measurement; see `in_turn`.
+        """
         started = time.perf_counter()
         worker = self._ready()
         oom_kills = _oom_kills()
+        answers: Any = Measurement | str | float if in_turn else Measurement
         try:
             if worker.adopted is not environment:
                 protocol.send(worker.connection, protocol.Adopt(environment))
@@ -105,8 +133,15 @@ class LocalEngine:
             worker.log.truncate()  # its last words are to be about this point
             if _is_talking(worker.connection):
                 return self._refuse(worker, point, round, started, "it answered before it was asked")
-            protocol.send(worker.connection, protocol.Task(point, round, seconds, video))
-            answer: Measurement | None = self._answer(worker, Measurement, self.timeout_s)
+            protocol.send(worker.connection, protocol.Task(point, round, seconds, video, in_turn))
+            answer: Any = self._answer(worker, answers, self.timeout_s)
+            more = in_turn
+            while isinstance(answer, str | float):
+                if not more:
+                    return self._refuse(worker, point, round, started, "it goes on when it was told to end")
+                more = yield 0.0 if isinstance(answer, str) else answer
+                protocol.send(worker.connection, more)
+                answer = self._answer(worker, answers, self.timeout_s)
         except TimeoutError:
             self._kill(worker)
             reason = f"no result within {self.timeout_s:g} s"
@@ -183,7 +218,7 @@ class LocalEngine:
             ready = protocol.receive(self._control, str)
         except OSError:
             ready = None
-        if ready != "ready":
+        if ready != protocol.READY:
             raise RequestError("the server of the workers did not start; its last words are above")
 
     def _answer(self, worker: _Worker, kind: Any, timeout_s: float) -> Any:
@@ -236,6 +271,43 @@ class LocalEngine:
             self._stop_server()
             return signal.SIGKILL
         return status
+
+
+LEAST_TURNS, MOST_TURNS = 3, 100
+
+
+def in_turn(works: Mapping[str, Work], seconds: float) -> Iterator[tuple[str, Measurement]]:
+    """Several engines at one point: each prepares it, then they take samples in turn, one at a time.
+
+    So what slows the machine for a moment slows them all alike, and what is left between them belongs to the processes.
+
+    Args:
+        works: Of `LocalEngine.measuring`, by name, in the order of their turns.
+        seconds: For sampling, each.
+
+    Yields:
+        Name and measurement, as they end.
+    """
+    waiting = dict(works)
+    spent = 0.0
+
+    def step(name: str, go: bool | None) -> Iterator[tuple[str, Measurement]]:
+        nonlocal spent
+        try:
+            spent += waiting[name].send(go)  # type: ignore[arg-type]  # None begins a generator
+        except StopIteration as end:
+            del waiting[name]
+            yield name, end.value
+
+    for name in works:
+        yield from step(name, None)
+    for turn in range(MOST_TURNS):
+        if turn >= LEAST_TURNS and spent > seconds * len(waiting):
+            break
+        for name in tuple(waiting):
+            yield from step(name, True)
+    for name in tuple(waiting):
+        yield from step(name, False)
 
 
 def _wrong(answer: Measurement, point: Point, round: int) -> str:

@@ -1,0 +1,120 @@
+"""Samples of several engines taken in turn: who is asked when, and what a death or a lack of memory costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vidbench import gate
+from vidbench.engine import local
+from vidbench.engine.local import LocalEngine, Work, in_turn
+from vidbench.gate import Side, take_round
+from vidbench.records import Environment, Measurement
+from vidbench.results import RunWriter, load
+from vidbench.sweep import Point
+
+HERE = Path(__file__).parent
+UNLIMITED = Environment("m", flops_per_s={"cpu/fp32": 1e18}, bytes_per_s={"cpu/1000": 1e15})
+CASE = {"in_channels": 4, "out_channels": 6, "clip_length": 4, "batch_size": 2, "height": 9, "width": 8}
+SMALL = Point("conv3d", "op", "library", case=CASE)
+TINY = {"clip_length": 2, "batch_size": 1, "height": 8, "width": 8, "num_classes": 4}
+
+
+def model(name: str) -> Point:
+    return Point(f"user_models:{name}", "model", "eager", case=TINY)
+
+
+def scripted(name: str, log: list[str], *, seconds: float, dies_at: int | None = None) -> Work:
+    """A measurement that notes when it is asked."""
+    log.append(f"{name} ready")
+    go, taken = (yield 0.0), 0
+    while go:
+        taken += 1
+        if taken == dies_at:
+            return Measurement(SMALL, 1, "crashed", name)
+        log.append(name)
+        go = yield seconds
+    return Measurement(SMALL, 1, "ok", name, samples_s=[seconds] * taken)
+
+
+def test_samples_go_round_until_the_time_is_spent() -> None:
+    log: list[str] = []
+    works = {name: scripted(name, log, seconds=0.1) for name in "abc"}
+    found = dict(in_turn(works, 0.55))
+    assert log == ["a ready", "b ready", "c ready", *"abc" * 6]
+    assert {name: len(one.samples_s) for name, one in found.items()} == {"a": 6, "b": 6, "c": 6}
+
+
+def test_there_are_a_few_turns_however_long_and_not_too_many_however_short() -> None:
+    assert len(dict(in_turn({"a": scripted("a", [], seconds=100.0)}, 0.1))["a"].samples_s) == local.LEAST_TURNS
+    assert len(dict(in_turn({"a": scripted("a", [], seconds=0.0)}, 0.1))["a"].samples_s) == local.MOST_TURNS
+
+
+def test_who_dies_is_left_out_of_the_further_turns() -> None:
+    log: list[str] = []
+    works = {name: scripted(name, log, seconds=0.1, dies_at=2 if name == "b" else None) for name in "abc"}
+    found = list(in_turn(works, 0.35))
+    assert [(name, one.status) for name, one in found] == [("b", "crashed"), ("a", "ok"), ("c", "ok")]
+    assert "".join(log[3:]) == "abc" + "ac" * (len(found[1][1].samples_s) - 1)
+
+
+def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:
+    with LocalEngine(timeout_s=60) as one, LocalEngine(timeout_s=60) as other:
+        works = {name: e.measuring(SMALL, 1, UNLIMITED, seconds=0.05, in_turn=True) for name, e in
+                 (("one", one), ("other", other))}  # fmt: skip
+        found = dict(in_turn(works, 0.05))
+        alone = one.measure(SMALL, 2, UNLIMITED, seconds=0.05, video=None)
+    assert {measured.status for measured in (*found.values(), alone)} == {"ok"}
+    assert len(found["one"].samples_s) == len(found["other"].samples_s) >= local.LEAST_TURNS
+    assert all(measured.error is not None and measured.counts is not None for measured in found.values())
+
+
+def test_a_worker_that_dies_before_its_turn_costs_its_own_point_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)  # where user_models lies
+    with LocalEngine(timeout_s=60) as one, LocalEngine(timeout_s=60) as other:
+        works = {
+            "dies": one.measuring(model("Segfaults"), 1, UNLIMITED, seconds=0.02, in_turn=True),
+            "lives": other.measuring(model("Tiny"), 1, UNLIMITED, seconds=0.02, in_turn=True),
+        }
+        found = dict(in_turn(works, 0.02))
+        after = one.measure(model("Tiny"), 2, UNLIMITED, seconds=0.02, video=None)
+    assert (found["dies"].status, found["lives"].status, after.status) == ("crashed", "ok", "ok")
+
+
+def test_what_does_not_fit_beside_the_others_is_measured_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Engine:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def retire(self) -> None:
+            asked.append(f"{self.name} fresh")
+
+        def measuring(self, point: Point, round: int, *_: object, **__: object) -> Work:
+            asked.append(f"{self.name} in turn")
+            yield 0.0
+            status = "oom" if self.name == "again" else "ok"
+            return Measurement(point, round, status, samples_s=[1.0] if status == "ok" else ())  # type: ignore[arg-type]
+
+        def measure(self, point: Point, round: int, *_: object, **__: object) -> Measurement:
+            asked.append(f"{self.name} alone")
+            return Measurement(point, round, "ok", samples_s=[2.0])
+
+    def sides() -> Iterator[tuple[str, Side]]:
+        for name in gate.SIDES:
+            writer = RunWriter.create(tmp_path / name, suite="s", sweeps=(), environment=UNLIMITED, command="")
+            yield name, Side(Engine(name), writer, UNLIMITED, {SMALL.key})  # type: ignore[arg-type]
+
+    found = dict(sides())
+    take_round(1, [SMALL], found, seconds=0.1)
+    for side in found.values():
+        side.writer.close()
+    assert asked[-1] == "again alone"
+    assert {name: load(tmp_path / name).measurements[0].median_s for name in gate.SIDES} == {
+        "base": 1.0, "head": 1.0, "again": 2.0,
+    }  # fmt: skip
