@@ -104,6 +104,7 @@ def test_a_deleted_benchmark_fails(head: Path) -> None:
     assert ended.stdout.count("it is not in NEW") == 2
 
 
+@pytest.mark.slow
 def test_an_implementation_that_is_gone_fails(head: Path) -> None:
     planted(head, KERNEL, '@OP.implementation("library")\n', '@OP.implementation("biblioteca")\n')
     ended = gate(head, "--base", "base", *SMALL, "--budget", "0", "--out", "runs/gone")
