@@ -19,8 +19,6 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +26,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+sys.path.append(str(Path(__file__).parents[1]))  # `bench` is no installed package
+
+from bench.noise import MACHINES, Numbers, Recorded, Simulated, record
 from vidbench.compare import compare
-from vidbench.gate import LOOKS, SIDES, Side, Step, judge, take_round, undecided
+from vidbench.gate import LOOKS, SIDES, judge, undecided
 from vidbench.progress import Bar
 from vidbench.records import Environment, Measurement
-from vidbench.results import Run, RunWriter, load
+from vidbench.results import Run
 from vidbench.sweep import Point
-
-Numbers = npt.NDArray[np.float64]
-"""Seconds: (sides, points, rounds, samples)."""
-
-SAMPLES = 10
-"""Of a process that are judged."""
 
 AA_POINTS = 50
 POWER_POINTS = 10
@@ -49,111 +44,6 @@ CHUNK = 10
 """Sweeps that one process judges at a time."""
 
 MACHINE = Environment(machine="simulated", cores=2, threads=2, git_commit="0" * 40)
-RECORDING = "samples.parquet"
-
-
-# --- where the noise comes from ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """A machine whose processes, samples and runs differ by chance alone."""
-
-    name: str
-    meaning: str
-    process: float
-    """Robust standard deviation of the logarithm of a process's time."""
-    heavy: bool = True
-    """Whether processes follow Student's t of three degrees of freedom, else a normal distribution."""
-    sample: float = 0.01
-    """Standard deviation of the logarithm of a sample within its process."""
-    slow_mode: float = 0.0
-    """By how much of the logarithm three processes in ten are slower."""
-    weather: float = 0.0
-    """Standard deviation of the steps of a random walk that all sides and points share, from round to round."""
-    run: float = 0.1
-    """Standard deviation of the logarithm of a stored run's time; sides that are measured in turn share it."""
-
-    def draw(self, rng: np.random.Generator, points: int, *, sides: int = 3, apart: bool = False) -> Numbers:
-        """Sides of one A/A sweep; `apart` makes each a run of its own."""
-        shape = (sides, points, LOOKS[-1])
-        if self.heavy:
-            # Scaled so that half of all processes lie as far from the middle as those of a normal distribution do.
-            processes = self.process * rng.standard_t(3, shape) * 0.6745 / 0.7649
-        else:
-            processes = self.process * rng.standard_normal(shape)
-        processes += self.slow_mode * (rng.random(shape) < 0.3)
-        processes += self.weather * np.cumsum(rng.standard_normal(LOOKS[-1]))
-        if apart:
-            processes += self.run * rng.standard_normal((sides, points, 1))
-        logs = processes[..., None] + self.sample * rng.standard_normal((*shape, SAMPLES))
-        return np.asarray(1e-3 * np.exp(logs))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """Rounds that a real machine took in turn, dealt anew: which point, from which round on, which side is which."""
-
-    folder: Path
-    name: str = "recorded"
-
-    @property
-    def meaning(self) -> str:
-        """What was recorded."""
-        seconds, _ = self._recording()
-        return f"{seconds.shape[1]} points × {seconds.shape[2]} rounds × {len(SIDES)} processes in turn"
-
-    def draw(self, rng: np.random.Generator, points: int, *, sides: int = 3) -> Numbers:
-        """Sides of one A/A sweep: contiguous rounds, so that what drifts still drifts."""
-        seconds, _ = self._recording()
-        _, recorded, rounds, _ = seconds.shape
-        chosen = np.empty((sides, points, LOOKS[-1], SAMPLES))
-        distinct = rng.permutation(recorded)
-        for index in range(points):
-            # A small sweep takes every point once, a large one several times, from other rounds on.
-            at = distinct[index % recorded]
-            turns = (rng.integers(rounds) + np.arange(LOOKS[-1])) % rounds
-            chosen[:, index] = seconds[rng.permutation(len(SIDES))[:sides], at][:, turns]
-        return chosen
-
-    def seconds_per_round(self) -> float:
-        """What one round of all recorded points and sides took, checks included."""
-        return self._recording()[1]
-
-    def _recording(self) -> tuple[Numbers, float]:
-        if self.folder not in _RECORDINGS:
-            _RECORDINGS[self.folder] = _read(self.folder)
-        return _RECORDINGS[self.folder]
-
-
-_RECORDINGS: dict[Path, tuple[Numbers, float]] = {}
-
-
-def _read(folder: Path) -> tuple[Numbers, float]:
-    import pandas as pd
-
-    frame = pd.read_parquet(folder / RECORDING)
-    points, rounds = frame["point"].unique(), sorted(frame["round"].unique())
-    seconds = np.empty((len(SIDES), len(points), len(rounds), SAMPLES))
-    rng = np.random.default_rng(0)
-    by = {key: group["sample_s"].to_numpy() for key, group in frame.groupby(["side", "point", "round"])}
-    for at in np.ndindex(seconds.shape[1:3]):
-        sides = [by[side, points[at[0]], rounds[at[1]]] for side in SIDES]
-        count = min(map(len, sides))
-        # The same samples of all sides, as they were taken in turn.
-        chosen = np.sort(rng.choice(count, SAMPLES, replace=count < SAMPLES))
-        for which, samples in enumerate(sides):
-            seconds[which, *at] = samples[chosen]
-    wall = frame.drop_duplicates(["side", "point", "round"])["wall_s"].sum() / len(rounds)
-    return seconds, float(wall)
-
-
-MACHINES = (
-    Simulated("shared", "processes differ by 2 %, now and then by far more, as on a shared machine", 0.02),
-    Simulated("quiet", "processes differ by 0.5 %", 0.005, heavy=False, sample=0.005, run=0.01),
-    Simulated("two modes", "three processes in ten are 10 % slower, for good", 0.005, slow_mode=0.1),
-    Simulated("drifting", "as quiet, but the whole machine wanders by 2 % a round", 0.005, False, weather=0.02),
-)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -423,64 +313,6 @@ def power_figure(found: Mapping[str, Any]) -> Any:
         axes[0][-1].legend(loc="lower right")
         figure.tight_layout()
     return figure
-
-
-# --- recording --------------------------------------------------------------------------------------------------------
-
-
-def ten_points() -> list[Point]:
-    """Ten short points of every kind."""
-    from vidbench.suites import plan
-
-    chosen: dict[str, Point] = {}
-    for sweep in plan("quick").sweeps:
-        for point in sweep.points():
-            if point.kind in ("op", "model") and point.mode == "forward" and point.case["clip_length"] == 8:
-                chosen.setdefault(point.workload, point)
-    return list(chosen.values())[:10]
-
-
-def record(out: Path, rounds: int, seconds: float) -> None:
-    """Takes rounds of three sides of the same code in turn, as the gate does, and keeps every sample; resumes."""
-    import pandas as pd
-
-    from vidbench.engine import devices
-    from vidbench.engine.local import LocalEngine
-    from vidbench.sweep import Sweep
-
-    points = ten_points()
-    sweeps = [Sweep(one.workload, one.kind, fixed=one.case) for one in points]
-    bar = Bar(sys.stderr)
-    with ExitStack() as stack:
-        engines = {name: stack.enter_context(LocalEngine(timeout_s=600)) for name in SIDES}
-        environment, _ = engines["head"].describe(*devices(points), {one.workload: one.kind for one in points})
-        sides = {}
-        for name in SIDES:
-            writer = RunWriter.resume(
-                out / name,
-                suite="noise",
-                sweeps=sweeps,
-                environment=environment,
-                command="bench/false_alarms.py record",
-            )
-            keys = frozenset(one.key for one in points)
-            sides[name] = Side(engines[name], stack.enter_context(writer), environment, keys)
-
-        def tell(step: Step) -> None:
-            bar.update((step.round - 1) * step.of + step.done, rounds * step.of, f"round {step.round}")
-            if step.done == step.of:
-                bar.say(f"round {step.round} of {rounds}")
-
-        for number in range(1, rounds + 1):
-            take_round(number, points, sides, seconds=seconds, progress=tell)
-    bar.close()
-    rows = [
-        {"side": name, "point": one.point.key, "round": one.round, "wall_s": one.wall_s, "sample_s": sample}
-        for name in SIDES
-        for one in load(out / name).measurements
-        for sample in one.samples_s
-    ]
-    pd.DataFrame(rows).to_parquet(out / RECORDING, compression="zstd")
 
 
 def main() -> None:

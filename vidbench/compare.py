@@ -308,11 +308,20 @@ def _judge_times(
         effects = _taken_apart(timed, sides)
     else:
         effects = _against_runs(timed, sides, baselines)
-    judged = [replace(one, effect=effects.get(one.point.key)) for one in points]
+    judged = [_with(one, effects.get(one.point.key), in_turn=again is not None) for one in points]
     tested = [one for one in judged if one.effect is not None]
     found = discoveries([one.effect.p for one in tested if one.effect is not None], rate)
     named = {one.point.key for one, is_found in zip(tested, found, strict=True) if is_found}
     return [_verdict_of(one, one.point.key in named, floor) if one.verdict == "UNDECIDED" else one for one in judged]
+
+
+def _with(one: PointVerdict, effect: Effect | None, *, in_turn: bool) -> PointVerdict:
+    """The point with its effect, and with times that go with it: medians of either side by itself may not."""
+    if effect is None or one.base_s is None or one.new_s is None:
+        return replace(one, effect=effect)
+    if in_turn:
+        return replace(one, effect=effect, new_s=one.base_s * effect.ratio)
+    return replace(one, effect=effect, base_s=one.new_s / effect.ratio)
 
 
 def _verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:

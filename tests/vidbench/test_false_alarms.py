@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # `bench` is no installed package
 
 from bench import false_alarms as script  # noqa: E402
+from bench import noise  # noqa: E402
 
 
 def test_rules_of_other_tools_on_cases_worked_by_hand() -> None:
@@ -30,11 +31,11 @@ def test_rules_of_other_tools_on_cases_worked_by_hand() -> None:
 
 
 def test_simulated_processes_are_as_wide_as_they_say() -> None:
-    for noise in script.MACHINES[:2]:
-        seconds = noise.draw(np.random.default_rng(0), 400)
+    for machine in noise.MACHINES[:2]:
+        seconds = machine.draw(np.random.default_rng(0), 400)
         logs = np.log(np.median(seconds, axis=3))
         robust = np.median(np.abs(logs - np.median(logs))) / 0.6745
-        assert robust == pytest.approx(noise.process, rel=0.1)
+        assert robust == pytest.approx(machine.process, rel=0.1)
 
 
 def test_what_was_recorded_is_dealt_whole(tmp_path: Path) -> None:
@@ -45,13 +46,13 @@ def test_what_was_recorded_is_dealt_whole(tmp_path: Path) -> None:
         for which, side in enumerate(script.SIDES)
         for at in range(2)
         for turn in range(1, 41)
-        for _ in range(script.SAMPLES)
+        for _ in range(noise.SAMPLES)
     ]
-    pd.DataFrame(rows).to_parquet(tmp_path / script.RECORDING)
-    noise = script.Recorded(tmp_path)
-    assert noise.seconds_per_round() == pytest.approx(2 * 3 * 0.5)
-    seconds = noise.draw(np.random.default_rng(1), 5)
-    assert seconds.shape == (3, 5, 30, script.SAMPLES)
+    pd.DataFrame(rows).to_parquet(tmp_path / noise.RECORDING)
+    taken = noise.Recorded(tmp_path)
+    assert taken.seconds_per_round() == pytest.approx(2 * 3 * 0.5)
+    seconds = taken.draw(np.random.default_rng(1), 5)
+    assert seconds.shape == (3, 5, 30, noise.SAMPLES)
     turns = np.floor(seconds % 100).astype(int)
     assert (np.diff(turns, axis=2) % 40 == 1).all()  # rounds in a row, from the last to the first
     assert (turns[0] == turns[1]).all()  # of all sides the same

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -10,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,24 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vidbench import cli
-from vidbench.results import HEADER, LINES, RunError, load
+from vidbench.results import HEADER, LINES, RunError, RunWriter, load
 from vidbench.sweep import RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # `bench` is no installed package
 
+from bench import fuzz, fuzz_inputs  # noqa: E402
 
-def _bench(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = _bench("fuzz")
-RECORD: dict[str, Any] = json.loads(fuzz.GOOD[0])
+RECORD: dict[str, Any] = json.loads(fuzz_inputs.GOOD[0])
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -49,13 +38,16 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that loads."""
     from dataclasses import replace
 
-    from vidbench.results import RunWriter
-
     folder = tmp_path_factory.mktemp("fuzz") / "good"
-    known: dict[str, Any] = {"suite": "fuzz", "sweeps": (fuzz.SWEEP,), "environment": fuzz.ENVIRONMENT, "command": "x"}
+    known: dict[str, Any] = {
+        "suite": "fuzz",
+        "sweeps": (fuzz_inputs.SWEEP,),
+        "environment": fuzz_inputs.ENVIRONMENT,
+        "command": "x",
+    }
     with RunWriter.create(folder, **known) as writer:
         for number in (1, 2):
-            for one in fuzz.MEASUREMENTS:
+            for one in fuzz_inputs.MEASUREMENTS:
                 writer.append(replace(one, round=number))
     return folder
 
@@ -93,7 +85,7 @@ def test_any_value_of_any_field_is_refused_or_can_be_framed(good: Path, field: s
     broken.mkdir(exist_ok=True)
     (broken / HEADER).write_bytes((good / HEADER).read_bytes())
     line = json.dumps({**RECORD, field: value}).encode("utf-8", "surrogatepass")
-    (broken / LINES).write_bytes(line + b"\n" + fuzz.GOOD[1])
+    (broken / LINES).write_bytes(line + b"\n" + fuzz_inputs.GOOD[1])
     if _loads_or_says_why(broken) and (found := load(broken)).measurements:
         assert len(found.frame()) == len(found.measurements)
 
@@ -140,7 +132,7 @@ def test_what_no_measurement_can_be_is_refused(good: Path, field: str, value: ob
         (os.mkdir, "it is not a file"),
         (lambda path: os.symlink("/dev/zero", path), "it is not a file"),
         (lambda path: os.symlink(path, path), "Too many levels of symbolic links"),
-        (fuzz._sparse, f"longer than {2**26} bytes"),
+        (fuzz_inputs._sparse, f"longer than {2**26} bytes"),
     ],
     ids=["pipe", "folder", "device", "circle", "endless"],
 )
@@ -175,9 +167,9 @@ def test_generated_folders_do_no_harm(tmp_path: Path) -> None:
 
 def test_an_input_is_a_function_of_seed_and_number() -> None:
     header = b'{"schema_version": 1}'
-    first = [fuzz.make(5, index, header) for index in range(30)]
-    assert [made.files for made in first] == [fuzz.make(5, index, header).files for index in range(30)]
-    assert first[0].files != fuzz.make(6, 0, header).files
+    first = [fuzz_inputs.make(5, index, header) for index in range(30)]
+    assert [made.files for made in first] == [fuzz_inputs.make(5, index, header).files for index in range(30)]
+    assert first[0].files != fuzz_inputs.make(6, 0, header).files
 
 
 def test_the_fuzzer_finds_what_raises_hangs_and_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
