@@ -69,7 +69,7 @@ def gate_verdicts(seconds: Numbers) -> list[dict[int, str]]:
         if still:
             for side, times in zip(SIDES, seconds, strict=True):
                 lines[side] += [
-                    Measurement(points[number], turn + 1, "ok", samples_s=times[number, turn].tolist())
+                    Measurement(points[number], turn + 1, "ok", samples_s=_taken(times[number, turn]))
                     for number in sorted(numbers[key] for key in still)
                     for turn in range(done, look)
                 ]
@@ -78,6 +78,11 @@ def gate_verdicts(seconds: Numbers) -> list[dict[int, str]]:
             verdicts = {numbers[one.point.key]: str(one.verdict) for one in comparison.points}
         found.append(verdicts)
         done = look
+    return found
+
+
+def _taken(samples: Numbers) -> list[float]:
+    found: list[float] = samples[~np.isnan(samples)].tolist()
     return found
 
 
@@ -109,7 +114,7 @@ def pytest_benchmark(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
     from pytest_benchmark.utils import parse_compare_fail
 
     check = parse_compare_fail("mean:5%")
-    pairs = zip(base.mean(axis=1), new.mean(axis=1), strict=True)
+    pairs = zip(np.nanmean(base, axis=1), np.nanmean(new, axis=1), strict=True)
     return np.array([bool(check.fails({"mean": after}, {"mean": before})) for before, after in pairs])
 
 
@@ -117,23 +122,26 @@ def welch(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
     """Welch's t test of the samples of each point by itself at 0.05."""
     from scipy.stats import ttest_ind
 
-    return np.asarray((ttest_ind(base, new, axis=1, equal_var=False).pvalue < 0.05) & (new.mean(1) > base.mean(1)))
+    found = ttest_ind(base, new, axis=1, equal_var=False, nan_policy="omit")
+    return np.asarray((found.pvalue < 0.05) & (np.nanmean(new, 1) > np.nanmean(base, 1)))
 
 
 def asv(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
     """`asv continuous` (0.6): Mann-Whitney at 0.002, and medians that differ by a factor of 1.1."""
     from scipy.stats import mannwhitneyu
 
-    differ = mannwhitneyu(base, new, axis=1).pvalue < 0.002
-    if 1 / math.comb(base.shape[1] + new.shape[1], base.shape[1]) >= 0.002:
-        raise ValueError(f"{base.shape[1]} samples are too few for asv's test")
-    return np.asarray(differ & (np.median(base, axis=1) < np.median(new, axis=1) / 1.1))
+    differ = mannwhitneyu(base, new, axis=1, nan_policy="omit").pvalue < 0.002
+    least = int(min((~np.isnan(side)).sum(axis=1).min() for side in (base, new)))
+    if 1 / math.comb(2 * least, least) >= 0.002:
+        raise ValueError(f"{least} samples are too few for asv's test")
+    return np.asarray(differ & (np.nanmedian(base, axis=1) < np.nanmedian(new, axis=1) / 1.1))
 
 
 def nvbench(base: Numbers, new: Numbers) -> npt.NDArray[np.bool_]:
     """`nvbench_compare.py`: means further apart than the smaller of both relative standard deviations."""
-    noise = np.minimum(base.std(1, ddof=1) / base.mean(1), new.std(1, ddof=1) / new.mean(1))
-    return np.asarray(new.mean(1) / base.mean(1) - 1 > noise)
+    mean_base, mean_new = np.nanmean(base, 1), np.nanmean(new, 1)
+    noise = np.minimum(np.nanstd(base, 1, ddof=1) / mean_base, np.nanstd(new, 1, ddof=1) / mean_new)
+    return np.asarray(mean_new / mean_base - 1 > noise)
 
 
 PEERS: Mapping[str, Rule] = {

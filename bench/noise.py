@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,10 @@ from vidbench.results import RunWriter, load
 from vidbench.sweep import Point
 
 Numbers = npt.NDArray[np.float64]
-"""Seconds: (sides, points, rounds, samples)."""
+"""Seconds: (sides, points, rounds, samples); NaN after the last sample of a process that took fewer than others."""
 
 SAMPLES = 10
-"""Of a process that are judged."""
+"""Of a simulated process."""
 
 RECORDING = "samples.parquet"
 
@@ -79,7 +81,7 @@ class Recorded:
         """Sides of one A/A sweep: contiguous rounds, so that what drifts still drifts."""
         seconds, _ = self._recording()
         _, recorded, rounds, _ = seconds.shape
-        chosen = np.empty((sides, points, LOOKS[-1], SAMPLES))
+        chosen = np.empty((sides, points, LOOKS[-1], seconds.shape[3]))
         distinct = rng.permutation(recorded)
         for index in range(points):
             # A small sweep takes every point once, a large one several times, from other rounds on.
@@ -89,7 +91,7 @@ class Recorded:
         return chosen
 
     def seconds_per_round(self) -> float:
-        """What one round of all recorded points and sides took, checks included."""
+        """What one round of all recorded points and sides took, checks included: the median."""
         return self._recording()[1]
 
     def _recording(self) -> tuple[Numbers, float]:
@@ -106,18 +108,12 @@ def _read(folder: Path) -> tuple[Numbers, float]:
 
     frame = pd.read_parquet(folder / RECORDING)
     points, rounds = frame["point"].unique(), sorted(frame["round"].unique())
-    seconds = np.empty((len(SIDES), len(points), len(rounds), SAMPLES))
-    rng = np.random.default_rng(0)
     by = {key: group["sample_s"].to_numpy() for key, group in frame.groupby(["side", "point", "round"])}
-    for at in np.ndindex(seconds.shape[1:3]):
-        sides = [by[side, points[at[0]], rounds[at[1]]] for side in SIDES]
-        count = min(map(len, sides))
-        # The same samples of all sides, as they were taken in turn.
-        chosen = np.sort(rng.choice(count, SAMPLES, replace=count < SAMPLES))
-        for which, samples in enumerate(sides):
-            seconds[which, *at] = samples[chosen]
-    wall = frame.drop_duplicates(["side", "point", "round"])["wall_s"].sum() / len(rounds)
-    return seconds, float(wall)
+    seconds = np.full((len(SIDES), len(points), len(rounds), max(map(len, by.values()))), np.nan)
+    for which, point, number in np.ndindex(seconds.shape[:3]):
+        samples = by[SIDES[which], points[point], rounds[number]]
+        seconds[which, point, number, : len(samples)] = samples
+    return seconds, float(frame.groupby("round")["round_s"].first().median())
 
 
 MACHINES = (
@@ -174,11 +170,21 @@ def record(out: Path, rounds: int, seconds: float) -> None:
             if step.done == step.of:
                 bar.say(f"round {step.round} of {rounds}")
 
+        took_s = {}
         for number in range(1, rounds + 1):
-            take_round(number, points, sides, seconds=seconds, progress=tell)
+            began = time.monotonic()
+            taken = take_round(number, points, sides, seconds=seconds, progress=tell)
+            if taken == len(points) * len(SIDES):
+                took_s[number] = time.monotonic() - began
     bar.close()
     rows = [
-        {"side": name, "point": one.point.key, "round": one.round, "wall_s": one.wall_s, "sample_s": sample}
+        {
+            "side": name,
+            "point": one.point.key,
+            "round": one.round,
+            "round_s": took_s.get(one.round, math.nan),  # unknown where a recording was gone on with
+            "sample_s": sample,
+        }
         for name in SIDES
         for one in load(out / name).measurements
         for sample in one.samples_s

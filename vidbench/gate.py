@@ -33,6 +33,12 @@ from vidbench.sweep import Point, RequestError
 LOOKS = (6, 12, 20, 30)
 """Rounds after which is judged; the looks share the rate of false discoveries."""
 
+WANTED_ROUNDS = LOOKS[2]
+"""Sampling is cut short, if need be, so that the budget holds so many: a few long rounds tell less."""
+
+LEAST_SAMPLING_S = 0.05
+"""Of a point in a round; preparing it takes longer than that."""
+
 SIDES = ("base", "head", "again")
 """BASE, HEAD, and BASE once more."""
 
@@ -60,7 +66,7 @@ class Gated:
     head: results.Run
     rounds: int
     stopped: str
-    """Why no further round was taken: everything is decided, the budget, or the last look."""
+    """Why no further round was taken: everything is decided, the budget is spent, or that was the last look."""
 
 
 def gate(
@@ -86,7 +92,7 @@ def gate(
         out: Folder for the runs of both sides.
         axes: Values that replace the suite's own.
         budget_s: After so many seconds no further round is begun; the first look is always taken.
-        seconds: Budget for sampling one point in one round; None takes the suite's own.
+        seconds: The most for sampling one point in one round; None takes the suite's own.
         timeout_s: A point that takes longer is given up, with its worker.
         resume: Go on with what lies in `out`.
         command: What reproduces this.
@@ -125,7 +131,7 @@ def gate(
             writer = opened(out / name, suite=suite, sweeps=planned.sweeps, environment=environment, command=command)
             sides[name] = Side(engines[name], stack.enter_context(writer), environment, wanted[name])
         deadline = time.monotonic() + budget_s
-        comparison, rounds, stopped = _until_decided(list(points.values()), sides, out, seconds, deadline, progress)
+        comparison, rounds, stopped = _until_decided(list(points.values()), sides, out, deadline, seconds, progress)
     return Gated(comparison, results.load(out / "base"), results.load(out / "head"), rounds, stopped)
 
 
@@ -147,12 +153,16 @@ def take_round(
     *,
     seconds: float,
     progress: Callable[[Step], None] = lambda _: None,
-) -> None:
-    """One round of every side, in turn, each in a fresh process; what is measured already is not measured again."""
+) -> int:
+    """One round of every side, in turn, each in a fresh process; what is measured already is not measured again.
+
+    Returns:
+        How many measurements were taken.
+    """
     names = tuple(sides)
     for side in sides.values():
         side.engine.retire()
-    done = 0
+    done = taken = 0
     for index, point in enumerate(points):
         # Who goes first moves on, so that no side is always the one that finds the machine warm.
         first = (number + index) % len(names)
@@ -166,7 +176,9 @@ def take_round(
         for name, measured in _one_by_one_where_they_do_not_fit(sides, works, point, number, seconds):
             sides[name].writer.append(measured)
             done += 1
+            taken += 1
             progress(Step(number, done, len(names) * len(points), name, measured))
+    return taken
 
 
 def _one_by_one_where_they_do_not_fit(
@@ -202,8 +214,8 @@ def _until_decided(
     points: Sequence[Point],
     sides: Mapping[str, Side],
     out: Path,
-    seconds: float,
     deadline: float,
+    most_s: float,
     progress: Callable[[Step], None],
 ) -> tuple[Comparison, int, str]:
     """Rounds and looks, until nothing is open: the last look, how many rounds there were, and why they ended.
@@ -212,22 +224,46 @@ def _until_decided(
     """
     open_points = list(points)
     number = 0
-    found = Comparison((), ())
+    # Preparing the points may take as long as sampling them.
+    seconds = sampling_s(deadline - time.monotonic(), 2 * WANTED_ROUNDS, len(points) * len(sides), 0.0, most_s)
     for look in LOOKS:
-        while number < look:
-            if number >= LOOKS[0] and time.monotonic() > deadline:
-                return found, number, "the budget is spent"
+        spent = False
+        while number < look and not spent:
             number += 1
-            take_round(number, open_points, sides, seconds=seconds, progress=progress)
+            began = time.monotonic()
+            taken = take_round(number, open_points, sides, seconds=seconds, progress=progress)
             if number == 1:
                 open_points = [point for point in points if point.key in sides["again"].wanted]
+            now = time.monotonic()
+            spent = number >= LOOKS[0] and now > deadline
+            if taken:
+                besides_s = (now - began) / taken - seconds
+                works = len(open_points) * len(sides)
+                seconds = sampling_s(deadline - now, WANTED_ROUNDS - number, works, besides_s, most_s)
+        # When the budget ends does not hang on what was found, so what it has bought may be looked at.
         found = judge(*(results.load(out / name) for name in SIDES), rounds=number)
         still = undecided(found)
         open_points = [point for point in points if point.key in still]
         progress(Step(number, 0, 0, "", comparison=found))
         if not open_points:
             return found, number, "every point is decided"
+        if spent:
+            return found, number, "the budget is spent"
     return found, number, "the last look was taken"
+
+
+def sampling_s(left_s: float, rounds: int, works: int, besides_s: float, most_s: float) -> float:
+    """How long to sample, so that what is left of the budget holds so many further rounds.
+
+    Args:
+        left_s: Of the budget.
+        rounds: That are still wanted.
+        works: Measurements in a round.
+        besides_s: What one takes besides sampling.
+        most_s: No longer than that.
+    """
+    fitting_s = left_s / (max(1, rounds) * max(1, works)) - besides_s
+    return min(most_s, max(LEAST_SAMPLING_S, fitting_s))
 
 
 def _git(*arguments: str, cwd: Path | None = None) -> str:

@@ -20,11 +20,11 @@ from vidbench.environment import ceilings, precision, raise_ceilings
 from vidbench.kernel_names import Ran, device_kernels
 from vidbench.memory import foreign_bytes, memory_and_operators
 from vidbench.nvml import watch
-from vidbench.records import Ceilings, Environment, Error, Measurement
+from vidbench.records import Ceilings, Cost, Environment, Error, Measurement
 from vidbench.sweep import Point, RequestError
 from vidbench.timing import Budget, Samples, Timer, sample, warm_up
 from vidbench.trust import judge
-from vidbench.workload import CheckFailed, Cost, Unfit, workload
+from vidbench.workload import CheckFailed, Unfit, workload
 from vidkernels.checking import relative_error
 from vidkernels.op import tensors_of
 
@@ -64,7 +64,7 @@ def measure(
     budget: Budget | None = None,
     video: str | None = None,
     sampler: Sampler = sample,
-    costs: dict[str, Cost] | None = None,
+    cost: Cost | None = None,
 ) -> Measurement:
     """Measures one point in this process.
 
@@ -75,7 +75,7 @@ def measure(
         budget: When sampling ends.
         video: Path of the video file that clips come from.
         sampler: Takes the samples; pytest-benchmark brings its own.
-        costs: A cache of counts, by point; implementations and layouts of one case share theirs.
+        cost: What one call is known to need; None counts it.
 
     Returns:
         A Measurement of status ok, skipped (cannot run here), failed (wrong numbers, or faster than the device can
@@ -92,7 +92,7 @@ def measure(
         torch._dynamo.reset()
     try:
         with precision(point.dtype):
-            return _measure(point, environment, budget or Budget(), video, sampler, costs, row, spent)
+            return _measure(point, environment, budget or Budget(), video, sampler, cost, row, spent)
     except (Unfit, RequestError) as why:
         return row("skipped", str(why))
     except CheckFailed as wrong:
@@ -116,14 +116,14 @@ def _measure(
     budget: Budget,
     video: str | None,
     sampler: Sampler,
-    costs: dict[str, Cost] | None,
+    cost: Cost | None,
     row: Callable[..., Measurement],
     spent: Stopwatch,
 ) -> Measurement:
     foreign = foreign_bytes(point.device)
     with spent:
         work = workload(point, video)
-        cost = _cost(point, work, costs)
+        cost = cost or work.cost()
         call = work.prepare()
     timer = Timer(point.device, point.regime)
     with spent:
@@ -199,16 +199,6 @@ def _measure(
         trust=trust,
         trust_reasons=reasons,
     )
-
-
-def _cost(point: Point, work: Any, costs: dict[str, Cost] | None) -> Cost:
-    """Counted once for all implementations, layouts and regimes of a case."""
-    if costs is None:
-        return work.cost()  # type: ignore[no-any-return]
-    key = replace(point, implementation="", memory_format="", regime="").key
-    if key not in costs:
-        costs[key] = work.cost()
-    return costs[key]
 
 
 def _fraction(held: Ceilings, cost: Cost, seconds: float) -> float:

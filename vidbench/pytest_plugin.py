@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vidbench.records import Environment, Measurement
+    from vidbench.records import Environment, KnownCosts, Measurement
     from vidbench.results import RunWriter
     from vidbench.sweep import Point, Sweep
     from vidbench.timing import Budget, Samples, Timer
@@ -104,8 +104,10 @@ def _vidbench_writer(pytestconfig: pytest.Config, _vidbench_environment: Environ
 
 
 @pytest.fixture(scope="session")
-def _vidbench_costs() -> dict[str, Any]:
-    return {}
+def _vidbench_costs() -> KnownCosts:
+    from vidbench.records import KnownCosts
+
+    return KnownCosts()
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def measure_point(
     benchmark: Any,
     _vidbench_environment: Environment,
     _vidbench_writer: RunWriter | None,
-    _vidbench_costs: dict[str, Any],
+    _vidbench_costs: KnownCosts,
 ) -> Callable[[Point], Measurement]:
     """Measures a point with pytest-benchmark's clock; what the benchmark's row cannot hold goes to `extra_info`."""
     from vidbench.measure import measure
@@ -126,7 +128,8 @@ def measure_point(
 
     def run(point: Point) -> Measurement:
         benchmark.group = f"{point.workload} {point.mode}"
-        measured = measure(point, _vidbench_environment, sampler=sampler, costs=_vidbench_costs)
+        measured = measure(point, _vidbench_environment, sampler=sampler, cost=_vidbench_costs.of(point))
+        _vidbench_costs.learn(measured)
         if _vidbench_writer is not None:
             _vidbench_writer.append(measured)
         if measured.status == "skipped":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vidbench.sweep import Point
@@ -40,6 +40,15 @@ class Counts:
     """Each source's count: closed_form, meta (torch's counter on the meta device), fvcore."""
     uncounted: tuple[str, ...] = ()
     """Operators that no counter knew, and disagreements between counters, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one call needs, whoever computes it."""
+
+    counts: Counts | None = None
+    params: int | None = None
+    bytes_moved: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +157,27 @@ class Measurement:
     def median_s(self) -> float | None:
         """The median of the samples; None without samples."""
         return statistics.median(self.samples_s) if len(self.samples_s) else None
+
+
+class KnownCosts:
+    """What the points measured so far cost: counted once for all implementations, layouts, regimes and rounds."""
+
+    def __init__(self) -> None:
+        self._by_case: dict[str, Cost] = {}
+
+    def of(self, point: Point) -> Cost | None:
+        """The cost of a point's case; None where it is to be counted."""
+        return self._by_case.get(_case_key(point))
+
+    def learn(self, measured: Measurement) -> None:
+        """Keeps what a measurement that went well has counted."""
+        if measured.status == "ok" and measured.accuracy is None:
+            cost = Cost(measured.counts, measured.params, measured.bytes_moved)
+            self._by_case.setdefault(_case_key(measured.point), cost)
+
+
+def _case_key(point: Point) -> str:
+    return replace(point, implementation="", memory_format="", regime="").key
 
 
 @dataclass(frozen=True, slots=True)

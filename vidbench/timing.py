@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -179,22 +179,45 @@ def sample_in_turn(
         timer: Takes the time.
         budget: Says how well the median should be known; how long it takes is up to the turns.
         turns: Yields when it is this process's turn.
-        taken: Told that a sample was taken, and how many seconds it took.
+        taken: Told that the turn is over, and how many seconds it took.
     """
-    calls = calls_per_sample(call, timer, budget)
+    calls = calls_per_sample(call, timer, replace(budget, shortest_sample_s=SHORTEST_IN_TURN_S))
     device: list[float] = []
     host: list[float] = []
     for _ in turns:
+        began = time.perf_counter()
         if not timer.cold:
             timer(call)  # the caches were the others'
         seconds, on_host = timer(call, calls)
         device.append(seconds)
         host.append(on_host)
-        taken(seconds * calls)
+        if not timer.cuda:
+            be_still()
+        taken(time.perf_counter() - began)
     low, high = median_interval(device)
     known = len(device) >= budget.least and high - low <= 2 * budget.relative_half_width * statistics.median(device)
     return Samples(device, host if timer.cuda else (), "converged" if known else "budget", calls, timer.hidden)
 
+
+SHORTEST_IN_TURN_S = 5e-3
+"""A turn costs some milliseconds besides its sample, which is therefore not much shorter."""
+
+
+def be_still(patience_s: float = 0.1) -> None:
+    """Waits until this process uses no processor any more.
+
+    OpenMP's threads go on spinning for about ten milliseconds after a parallel region, in case another one comes. They
+    would take a core from whoever measures next.
+    """
+    deadline = time.perf_counter() + patience_s
+    while time.perf_counter() < deadline:
+        wall, used = time.perf_counter(), time.process_time()
+        time.sleep(STILL_S)
+        if time.process_time() - used < 0.2 * (time.perf_counter() - wall):
+            break
+
+
+STILL_S = 1e-3
 
 STEPS_PER_SAMPLE = 200
 """Of a coarse clock: half a percent, less than any change that is ever called one."""

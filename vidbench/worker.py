@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from vidbench.records import Environment, Measurement, Status
+from vidbench.records import Cost, Environment, Measurement, Status
 from vidbench.sweep import Point, RequestError
 
 LENGTH_BYTES = 4
@@ -72,8 +72,10 @@ class Task(msgspec.Struct, tag=True, frozen=True):
     """Budget of the sampling."""
     video: str | None = None
     in_turn: bool = False
-    """Whether the engine says when a sample is taken: READY is sent, each True answered by the seconds that one took,
-    and False by the Measurement."""
+    """Whether the engine says when a sample is taken: READY is sent, each True answered by the seconds that the turn
+    took, and False by the Measurement."""
+    cost: Cost | None = None
+    """What one call needs, where it was counted already."""
 
 
 READY = "ready"
@@ -244,7 +246,6 @@ def _become_worker(connection_fd: int, log_fd: int) -> None:
 
 def _work(connection: socket.socket) -> None:
     environment: Environment | None = None
-    costs: dict[str, Any] = {}
     while (request := receive(connection, Describe | Adopt | Task)) is not None:
         if isinstance(request, Adopt):
             environment = request.environment
@@ -253,7 +254,7 @@ def _work(connection: socket.socket) -> None:
         else:
             assert environment is not None  # the engine sends it first
             sampler = partial(_sample_in_turn, connection) if request.in_turn else None
-            send(connection, perform(request, environment, costs, sampler))
+            send(connection, perform(request, environment, sampler))
 
 
 def _sample_in_turn(connection: socket.socket, *arguments: Any) -> Any:
@@ -282,7 +283,7 @@ def _describe(request: Describe) -> Description:
 
 
 def perform(
-    task: Task, environment: Environment, costs: dict[str, Any], sampler: Callable[..., Any] | None = None
+    task: Task, environment: Environment, sampler: Callable[..., Any] | None = None
 ) -> Measurement:
     """The measurement of one point, whatever its workload raises."""
     from vidbench.measure import measure
@@ -304,7 +305,7 @@ def perform(
             budget=Budget(seconds=task.seconds),
             video=task.video,
             sampler=sampler or sample,
-            costs=costs,
+            cost=task.cost,
         )
     except (Exception, SystemExit) as error:  # noqa: BLE001  a user's model may raise anything; its row says what
         reason = str(error).strip().splitlines()

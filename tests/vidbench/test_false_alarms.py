@@ -30,6 +30,14 @@ def test_rules_of_other_tools_on_cases_worked_by_hand() -> None:
         script.asv(base[:, :3], new[:, :3])
 
 
+def test_rules_pass_over_samples_that_were_not_taken() -> None:
+    steady = 1 + 0.01 * np.linspace(-1, 1, 20)
+    base, new = np.stack([steady] * 2), np.stack([steady, 1.2 * steady])
+    padded = [np.pad(side, ((0, 0), (0, 5)), constant_values=np.nan) for side in (base, new)]
+    for rule in script.PEERS.values():
+        assert rule(*padded).tolist() == rule(base, new).tolist() == [False, True]
+
+
 def test_simulated_processes_are_as_wide_as_they_say() -> None:
     for machine in noise.MACHINES[:2]:
         seconds = machine.draw(np.random.default_rng(0), 400)
@@ -42,18 +50,19 @@ def test_what_was_recorded_is_dealt_whole(tmp_path: Path) -> None:
     import pandas as pd
 
     rows = [
-        {"side": side, "point": f"p{at}", "round": turn, "wall_s": 0.5, "sample_s": 100 * at + turn + 0.1 * which}
+        {"side": side, "point": f"p{at}", "round": turn, "round_s": 0.5, "sample_s": 100 * at + turn + 0.1 * which}
         for which, side in enumerate(script.SIDES)
         for at in range(2)
         for turn in range(1, 41)
-        for _ in range(noise.SAMPLES)
+        for _ in range(noise.SAMPLES - which)
     ]
     pd.DataFrame(rows).to_parquet(tmp_path / noise.RECORDING)
     taken = noise.Recorded(tmp_path)
-    assert taken.seconds_per_round() == pytest.approx(2 * 3 * 0.5)
+    assert taken.seconds_per_round() == pytest.approx(0.5)
     seconds = taken.draw(np.random.default_rng(1), 5)
     assert seconds.shape == (3, 5, 30, noise.SAMPLES)
-    turns = np.floor(seconds % 100).astype(int)
+    assert np.isnan(seconds).sum() == (0 + 1 + 2) * 5 * 30  # what a process has not taken is not made up
+    turns = np.floor(seconds[..., : -len(script.SIDES)] % 100).astype(int)
     assert (np.diff(turns, axis=2) % 40 == 1).all()  # rounds in a row, from the last to the first
     assert (turns[0] == turns[1]).all()  # of all sides the same
     which = np.rint(10 * (seconds[..., 0, 0] % 1)).astype(int)

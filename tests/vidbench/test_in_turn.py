@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from vidbench import gate
+from vidbench import gate, timing
 from vidbench.engine import local
 from vidbench.engine.local import LocalEngine, Work, in_turn
 from vidbench.gate import Side, take_round
 from vidbench.records import Environment, Measurement
 from vidbench.results import RunWriter, load
 from vidbench.sweep import Point
+from vidbench.timing import Budget
 
 HERE = Path(__file__).parent
 UNLIMITED = Environment("m", flops_per_s={"cpu/fp32": 1e18}, bytes_per_s={"cpu/1000": 1e15})
@@ -58,6 +59,45 @@ def test_who_dies_is_left_out_of_the_further_turns() -> None:
     found = list(in_turn(works, 0.35))
     assert [(name, one.status) for name, one in found] == [("b", "crashed"), ("a", "ok"), ("c", "ok")]
     assert "".join(log[3:]) == "abc" + "ac" * (len(found[1][1].samples_s) - 1)
+
+
+class Spinning:
+    """A clock, and threads that go on spinning until `until`."""
+
+    def __init__(self, until: float) -> None:
+        self.now, self.until = 0.0, until
+
+    def perf_counter(self) -> float:
+        self.now += 1e-9  # a clock that stood still would be noticed
+        return self.now
+
+    def process_time(self) -> float:
+        return min(self.now, self.until)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("until", "waited"), [(0.0, 0.0), (0.012, 0.012), (9.0, 0.1)])
+def test_a_turn_is_over_when_its_threads_no_longer_spin(
+    monkeypatch: pytest.MonkeyPatch, until: float, waited: float
+) -> None:
+    clock = Spinning(until)
+    monkeypatch.setattr(timing, "time", clock)
+    timing.be_still(patience_s=0.1)
+    assert clock.now == pytest.approx(waited, abs=2 * timing.STILL_S)
+
+
+def test_short_calls_are_timed_several_at_a_time_and_a_turn_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Spinning(until=0.0)
+    monkeypatch.setattr(timing, "time", clock)
+    told: list[float] = []
+    samples = timing.sample_in_turn(
+        lambda: clock.sleep(1e-3), timing.Timer("cpu", "hot"), Budget(), turns=iter([None] * 6), taken=told.append
+    )
+    assert samples.calls_per_sample == 5
+    assert samples.device_s == pytest.approx([1e-3] * 6)
+    assert told == pytest.approx([1e-3 + 5e-3 + timing.STILL_S] * 6, abs=1e-6)  # a call for the caches, a sample, the stillness
 
 
 def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:

@@ -13,9 +13,10 @@ from vidbench import measure as module
 from vidbench import timing
 from vidbench.environment import ceilings, describe, precision
 from vidbench.measure import measure
-from vidbench.records import Environment, Measurement
+from vidbench.records import Cost, Counts, Environment, KnownCosts, Measurement
 from vidbench.sweep import Point
 from vidbench.timing import Budget, Samples, Timer, median_interval, sample, warm_up
+from vidbench.workload.op import OpWorkload
 from vidkernels import OPS
 
 CONV = {"in_channels": 4, "out_channels": 6, "clip_length": 4, "batch_size": 2, "height": 9, "width": 8}
@@ -152,12 +153,29 @@ def test_out_of_memory_is_its_own_status(environment: Environment) -> None:
     assert "allocate" in row.reason
 
 
-def test_counts_are_shared_between_implementations(environment: Environment) -> None:
-    costs: dict[str, Any] = {}
+def test_counts_are_shared_between_implementations(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = KnownCosts()
+    counted: list[Cost] = []
+    count = OpWorkload.cost
+    monkeypatch.setattr(OpWorkload, "cost", lambda work: counted.append(count(work)) or counted[-1])
+    rows = []
     for implementation in ("reference", "library"):
         for memory_format in ("contiguous", "channels_last"):
-            measure(op(implementation=implementation, memory_format=memory_format), environment, costs=costs)
-    assert len(costs) == 1
+            point = op(implementation=implementation, memory_format=memory_format)
+            rows.append(measure(point, environment, cost=costs.of(point)))
+            costs.learn(rows[-1])
+    assert len(counted) == 1
+    assert {(row.params, row.bytes_moved) for row in rows} == {(counted[0].params, counted[0].bytes_moved)}
+    assert all(row.counts == counted[0].counts for row in rows)
+    assert costs.of(op(mode="train")) is None  # which needs more
+
+
+def test_counts_of_what_went_wrong_are_not_kept() -> None:
+    costs = KnownCosts()
+    costs.learn(Measurement(op(), 1, "failed", counts=Counts(1), params=2))
+    assert costs.of(op()) is None
 
 
 def test_sampling_stops_when_the_median_is_known() -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import msgspec
 
 from vidbench import worker as protocol
-from vidbench.records import Environment, Measurement, Status
+from vidbench.records import Environment, KnownCosts, Measurement, Status
 from vidbench.run_format import impossible
 from vidbench.sweep import Point, RequestError
 
@@ -61,6 +61,7 @@ class LocalEngine:
             self._environ[protocol.SOURCE] = str(source)
         self._server: subprocess.Popen[bytes] | None = None
         self._worker: _Worker | None = None
+        self._costs = KnownCosts()
 
     def __enter__(self) -> LocalEngine:
         return self
@@ -119,7 +120,7 @@ class LocalEngine:
         """The measurement of one point, step by step.
 
         In turn with others it yields first when samples can be taken; then each `send(True)` takes one and yields the
-        seconds that it took, and `send(False)` ends it. What it returns in the end is the measurement; see `in_turn`.
+        seconds that the turn took, and `send(False)` ends it. What it returns in the end is the measurement; see `in_turn`.
         """
         started = time.perf_counter()
         worker = self._ready()
@@ -133,7 +134,7 @@ class LocalEngine:
             worker.log.truncate()  # its last words are to be about this point
             if _is_talking(worker.connection):
                 return self._refuse(worker, point, round, started, "it answered before it was asked")
-            protocol.send(worker.connection, protocol.Task(point, round, seconds, video, in_turn))
+            protocol.send(worker.connection, protocol.Task(point, round, seconds, video, in_turn, self._costs.of(point)))
             answer: Any = self._answer(worker, answers, self.timeout_s)
             more = in_turn
             while isinstance(answer, str | float):
@@ -153,6 +154,7 @@ class LocalEngine:
         if answer is not None:
             if wrong := _wrong(answer, point, round):
                 return self._refuse(worker, point, round, started, wrong)
+            self._costs.learn(answer)
             if point.implementation == "compiled" or answer.status not in ("ok", "skipped"):
                 self.retire()  # compiled code belongs to one point, and what went wrong may have left something behind
             return _with_transport(answer, time.perf_counter() - started)

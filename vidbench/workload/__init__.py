@@ -9,13 +9,13 @@ import torch
 
 from vidbench import models
 from vidbench.sweep import Point
-from vidbench.workload.base import CheckFailed, Cost, Unfit, Workload
+from vidbench.workload.base import CheckFailed, Unfit, Workload
 from vidbench.workload.model import MODEL_IMPLEMENTATIONS, ModelWorkload
 from vidbench.workload.op import OpWorkload
 from vidbench.workload.stage import STAGES, StageWorkload
 from vidkernels import OPS
 
-__all__ = ["CheckFailed", "Cost", "Unfit", "Workload", "implementations", "workload"]
+__all__ = ["CheckFailed", "Unfit", "Workload", "implementations", "workload"]
 
 
 def implementations(name: str, kind: str) -> tuple[str, ...]:

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidbench.records import Counts, Error
+from vidbench.records import Cost, Error
 from vidbench.sweep import Point
 from vidkernels.op import DTYPES
 
 TIMED_SEED, CHECK_SEED = 0, 1
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one call needs, whoever computes it."""
-
-    counts: Counts | None = None
-    params: int | None = None
-    bytes_moved: int | None = None
 
 
 class Unfit(Exception):

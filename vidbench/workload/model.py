@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vidbench import counting, models
-from vidbench.records import Error
+from vidbench.records import Cost, Error
 from vidbench.sweep import Point, RequestError
-from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
+from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Unfit, Workload, streamer
 from vidbench.workload.stage import model_inputs
 from vidkernels import accelerate, checking
 from vidkernels.op import REQUIREMENTS

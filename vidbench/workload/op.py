@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vidbench import counting
-from vidbench.records import Error
+from vidbench.records import Cost, Error
 from vidbench.sweep import Point
-from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Cost, Unfit, Workload, streamer
+from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Unfit, Workload, streamer
 from vidkernels import OPS, checking
 from vidkernels.op import Case, Inputs, Op, tensors_of
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidbench.data import flow, video
-from vidbench.records import Error
+from vidbench.records import Cost, Error
 from vidbench.sweep import Point
-from vidbench.workload.base import CheckFailed, Cost, Unfit, Workload
+from vidbench.workload.base import CheckFailed, Unfit, Workload
 from vidkernels.checking import relative_error
 
 STAGES: dict[str, tuple[str, ...]] = {
