@@ -208,11 +208,13 @@ def _watch(child: int, codes: mmap.mmap, started: float, tell: Callable[[int, fl
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         following = codes.find(b"\0")
+        if following < 0:
+            following = len(codes)
         now = time.monotonic()
         if ended:
             if status == 0:
                 return -1, 0.0
-            return (following if following >= 0 else len(codes)) - 1, now - since
+            return following - 1, now - since
         if following != at:
             at, since = following, now
         if now - told > 60:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vidbench.records import Accuracy, Ceilings, Counts, Environment, Error, Measurement, Memory
+from vidbench.records import Accuracy, Ceilings, Counts, DeviceState, Environment, Error, Measurement, Memory
 from vidbench.results import HEADER, LINES
 from vidbench.run_format import UNDECODABLE, LineReader, encode_line, impossible, impossible_case
 from vidbench.sweep import Point, Sweep
@@ -46,12 +46,21 @@ def _measurements() -> list[Measurement]:
     held = {"memory": Memory(10**6, 2 * 10**6, 10**8), "ceilings": Ceilings(1e11, 1e10), "params": 123}
     checked = {"error": Error(1e-7, 2e-6, 1e-7, 1e-7, 1e-7, 1e-7)}
     good: dict[str, Any] = {**times, **counted, **held, **checked}
+    on_gpu: dict[str, Any] = {
+        "host_samples_s": (1e-5, 2e-5, 1e-5, 1e-5, 3e-5, 1e-5),
+        "energy_j": 0.5,
+        "registers": 128,
+        "spills": 4,
+        "kernels": {"conv3d_kernel": 2, "copy_kernel": 1},
+        "device_state": DeviceState(9, 1.7e9, 1.6e9, 1.8e9, 400.0, 60.0, {"sw_power_cap": 3}, 1, 80.0),
+    }
     net = Point("c3d", "model", "eager", case={"clip_length": 8, "batch_size": 1, "height": 32, "width": 32})
     other = replace(net, workload="frame_pool_avg")
     task: dict[str, Any] = {"task": "frame_order", "clip_length": 8, "height": 32, "width": 32, "width_multiplier": 1.0}
     return [
         *(Measurement(point, 1, "ok", **good) for point in points),
-        *(Measurement(one, 1, "ok", **good, trust="poor", trust_reasons=("drifted",)) for one in (net, other)),
+        Measurement(net, 1, "ok", **good, trust="poor", trust_reasons=("drifted",)),
+        Measurement(other, 1, "ok", **good, **on_gpu),
         *(
             Measurement(
                 Point("c3d", "task", "eager", "evaluate", case={**task, "seed": seed}), 1, "ok",

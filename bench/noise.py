@@ -109,6 +109,9 @@ def _read(folder: Path) -> tuple[Numbers, float]:
     frame = pd.read_parquet(folder / RECORDING)
     points, rounds = frame["point"].unique(), sorted(frame["round"].unique())
     by = {key: group["sample_s"].to_numpy() for key, group in frame.groupby(["side", "point", "round"])}
+    rounds = [
+        number for number in rounds if all((side, point, number) in by for side in SIDES for point in points)
+    ]  # a row that was not ok has no samples
     seconds = np.full((len(SIDES), len(points), len(rounds), max(map(len, by.values()))), np.nan)
     for which, point, number in np.ndindex(seconds.shape[:3]):
         samples = by[SIDES[which], points[point], rounds[number]]
@@ -170,11 +173,11 @@ def record(out: Path, rounds: int, seconds: float) -> None:
             if step.done == step.of:
                 bar.say(f"round {step.round} of {rounds}")
 
-        took_s = {}
+        took_s = _round_seconds(out)
         for number in range(1, rounds + 1):
             began = time.monotonic()
             taken = take_round(number, points, sides, seconds=seconds, progress=tell)
-            if taken == len(points) * len(SIDES):
+            if len(taken) == len(points) * len(SIDES):
                 took_s[number] = time.monotonic() - began
     bar.close()
     rows = [
@@ -182,7 +185,7 @@ def record(out: Path, rounds: int, seconds: float) -> None:
             "side": name,
             "point": one.point.key,
             "round": one.round,
-            "round_s": took_s.get(one.round, math.nan),  # unknown where a recording was gone on with
+            "round_s": took_s.get(one.round, math.nan),
             "sample_s": sample,
         }
         for name in SIDES
@@ -190,3 +193,13 @@ def record(out: Path, rounds: int, seconds: float) -> None:
         for sample in one.samples_s
     ]
     pd.DataFrame(rows).to_parquet(out / RECORDING, compression="zstd")
+
+
+def _round_seconds(out: Path) -> dict[int, float]:
+    """How long the rounds took that a recording has already."""
+    import pandas as pd
+
+    if not (out / RECORDING).exists():
+        return {}
+    took = pd.read_parquet(out / RECORDING).groupby("round")["round_s"].first().dropna()
+    return {int(str(number)): float(seconds) for number, seconds in took.items()}

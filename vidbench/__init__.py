@@ -54,10 +54,10 @@ def sweep(
     Raises:
         RequestError: The request cannot be carried out, said in one line.
     """
-    from vidbench.engine import run
+    from vidbench.engine import runs
 
     texts = [f"{name}={','.join(map(_text, values))}" for name, values in (axes or {}).items()]
-    return run(
+    (done,) = runs(
         suite,
         axes=parse_axes(texts),
         models=models,
@@ -68,6 +68,7 @@ def sweep(
         timeout_s=timeout_s,
         video=Path(video) if video is not None else None,
     )
+    return done
 
 
 def _text(value: object) -> str:

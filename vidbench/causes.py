@@ -29,7 +29,8 @@ def causes(base: Side, new: Side) -> Iterator[str]:
         new: Of the same point.
     """
     yield from _kernels(base, new)
-    if (clocks := _both(base, new, _clock)) is not None and abs(change := clocks[1] / clocks[0] - 1) > CLOCK_DIFFERS:
+    clocks = _both(base, new, _clock)
+    if clocks is not None and clocks[0] > 0 and abs(change := clocks[1] / clocks[0] - 1) > CLOCK_DIFFERS:
         yield f"the SM clock is {abs(change):.1%} {'lower' if change < 0 else 'higher'}"
     yield from _limits(base, new)
     if (launch := _both(base, new, _launch_bound)) is not None:

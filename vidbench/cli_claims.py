@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,7 +34,7 @@ def claims(
         list[str] | None, typer.Argument(metavar="[CLAIM]…", help="Only these: `vidbench list claims`.")
     ] = None,
     size: Annotated[
-        SizeName, typer.Option(help="small: three seeds, an hour on two cores; full: five seeds, longer, for a GPU.")
+        SizeName, typer.Option(help="small: three seeds, 90 minutes on two cores; full: five seeds, longer, for a GPU.")
     ] = SizeName.small,
     device: Device = "cpu",
     jobs: Annotated[
@@ -52,7 +51,7 @@ def claims(
 
     if resume and out is None:
         raise RequestError("--resume needs --out DIR: the folder to go on with")
-    known = {claim.name: claim for claim in all_claims(size.value)}
+    known = {claim.name: claim for claim in all_claims(size.value, device)}
     for name in names or ():
         if name not in known:
             raise unknown("claim", name, known)
@@ -73,7 +72,6 @@ def claims(
     done = {outcome.experiment.key for outcome in outcomes}
     others = [c for c in known.values() if c not in chosen and any(one.key in done for one in c.experiments)]
     shown = {finding.claim.name: finding for finding in (*findings, *(judge(claim, outcomes) for claim in others))}
-    header = replace(header, command=command)
     written = page.write(header, [shown[name] for name in known if name in shown], outcomes, folder)
     if output is Output.json:
         typer.echo(json.dumps([_as_json(finding) for finding in findings], indent=2))

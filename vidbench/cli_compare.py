@@ -70,7 +70,7 @@ def gate(
     axis: Annotated[
         list[str] | None, typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, as of `vidbench sweep`.")
     ] = None,
-    budget: Annotated[float, typer.Option(min=0.0, help="Minutes after which no further round is begun.")] = 20.0,
+    budget: Annotated[float, typer.Option(min=0.0, help="Minutes for the rounds; six are always taken.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Folder for both runs; default: runs/<utc>-gate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what lies in --out.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,

@@ -302,17 +302,28 @@ def _judge_times(
 ) -> list[PointVerdict]:
     """The verdicts of all points that both runs have, judged together, since many points make many chances."""
     timed = [one for one in points if one.verdict == "UNDECIDED" and one.base_s is not None and one.new_s is not None]
+    floors: dict[str, float] = {}
     if again is not None:
         effects = {one.point.key: _in_turn(one.point.key, sides, again) for one in timed}
-    elif floor:
-        effects = _taken_apart(timed, sides)
     else:
-        effects = _against_runs(timed, sides, baselines)
+        effects = _taken_apart(timed, sides)
+        if floor:
+            floors = dict.fromkeys(effects, floor)
+        else:
+            against = _against_runs(timed, sides, baselines)
+            floors = {key: UNKNOWN_RUN_NOISE for key in effects if key not in against}
+            effects |= against
     judged = [_with(one, effects.get(one.point.key), in_turn=again is not None) for one in points]
     tested = [one for one in judged if one.effect is not None]
     found = discoveries([one.effect.p for one in tested if one.effect is not None], rate)
     named = {one.point.key for one, is_found in zip(tested, found, strict=True) if is_found}
-    return [_verdict_of(one, one.point.key in named, floor) if one.verdict == "UNDECIDED" else one for one in judged]
+    lone = rate / max(1, len(tested))
+    return [
+        _verdict_of(one, one.point.key in named, floors.get(one.point.key, 0.0), lone)
+        if one.verdict == "UNDECIDED"
+        else one
+        for one in judged
+    ]
 
 
 def _with(one: PointVerdict, effect: Effect | None, *, in_turn: bool) -> PointVerdict:
@@ -324,18 +335,19 @@ def _with(one: PointVerdict, effect: Effect | None, *, in_turn: bool) -> PointVe
     return replace(one, effect=effect, base_s=one.new_s / effect.ratio)
 
 
-def _verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:
+def _verdict_of(one: PointVerdict, named: bool, floor: float, lone: float) -> PointVerdict:
     """The verdict of one point's time.
 
     Args:
         one: The point with its effect.
         named: Whether the effect is no chance, all points considered.
         floor: A change that may be without a cause.
+        lone: The p below which a single effect among all points is no chance.
     """
     if one.base_s is None or one.new_s is None:
         return replace(one, verdict="SAME", reason="it has no times")
     if one.effect is None:
-        return replace(one, reason="one round: the noise between processes is unknown; take --rounds 6 or more")
+        return replace(one, reason="one round tells nothing of the noise between processes: take six or more")
     change = one.effect.log_ratio
     if named and abs(change) > math.log1p(max(floor, MATTERS)):
         return replace(one, verdict="SLOWER" if change > 0 else "FASTER")
@@ -343,12 +355,12 @@ def _verdict_of(one: PointVerdict, named: bool, floor: float) -> PointVerdict:
         return replace(one, reason=f"{math.expm1(change):+.1%}, less than two runs may differ by without a cause")
     if abs(change) + one.effect.half_width() <= math.log1p(max(EQUIVALENT, floor)):
         return replace(one, verdict="SAME", reason=f"within {floor:.0%}" if floor > EQUIVALENT else "")
-    return replace(one, reason=f"could have seen {_smallest(one.effect, floor):.1%}")
+    return replace(one, reason=f"could have seen {_smallest(one.effect, floor, lone):.1%}")
 
 
-def _smallest(effect: Effect, floor: float) -> float:
-    """The smallest slowdown that would have been told from none."""
-    return max(math.expm1(effect.half_width(1 - FALSE_DISCOVERY_RATE)), floor)
+def _smallest(effect: Effect, floor: float, lone: float) -> float:
+    """The smallest slowdown that would have been told from none, had it been the only one."""
+    return max(math.expm1(effect.half_width(1 - lone)), floor)
 
 
 def _in_turn(key: str, sides: tuple[dict[str, _Side], dict[str, _Side]], again: dict[str, _Side]) -> Effect | None:
@@ -368,17 +380,16 @@ def _in_turn(key: str, sides: tuple[dict[str, _Side], dict[str, _Side]], again: 
 def _against_runs(
     timed: Sequence[PointVerdict], sides: tuple[dict[str, _Side], dict[str, _Side]], baselines: Sequence[Run]
 ) -> dict[str, Effect | None]:
-    """Effects against several runs of the base; where the rounds of the two runs are less sure, theirs."""
+    """Effects of the points that enough runs of the base have; of the two runs' rounds where they are less sure."""
     runs = [sides[0], *(_sides(run.measurements) for run in {run.id: run for run in baselines}.values())]
     found: dict[str, Effect | None] = {}
     for one in timed:
         key = one.point.key
         middles = [middle for run in runs if key in run and run[key].ok and (middle := _middle(run[key])) is not None]
-        effect = unpaired(*(list(side[key].times().values()) for side in sides))
         if len(middles) >= ENOUGH_BASELINES and one.new_s is not None:
+            effect = unpaired(*(list(side[key].times().values()) for side in sides))
             by_runs = foretold(middles, one.new_s)
-            effect = by_runs if effect is None or by_runs.p > effect.p else effect
-        found[key] = effect
+            found[key] = by_runs if effect is None or by_runs.p > effect.p else effect
     return found
 
 

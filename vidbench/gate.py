@@ -6,27 +6,22 @@ side, and BASE has two: how far those lie apart is the machine's own noise, lear
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
-import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
-import msgspec
-
-import vidbench
 from vidbench import results
 from vidbench.compare import FALSE_DISCOVERY_RATE, Comparison, compare
 from vidbench.engine import devices
 from vidbench.engine.local import LocalEngine, Work, in_turn
 from vidbench.records import Environment, Measurement
+from vidbench.revision import checkout, environment_of, git, points_of
 from vidbench.suites import Axes, plan
 from vidbench.sweep import Point, RequestError
 
@@ -38,6 +33,12 @@ WANTED_ROUNDS = LOOKS[2]
 
 LEAST_SAMPLING_S = 0.05
 """Of a point in a round; preparing it takes longer than that."""
+
+MARGIN = 0.97
+"""Of the budget: so much of it is planned."""
+
+JOURNAL = "gate.jsonl"
+"""In the folder of a gate: the looks that it took."""
 
 SIDES = ("base", "head", "again")
 """BASE, HEAD, and BASE once more."""
@@ -91,25 +92,25 @@ def gate(
         suite: Name of a suite; its points in both revisions are compared, so that one that was deleted is missed.
         out: Folder for the runs of both sides.
         axes: Values that replace the suite's own.
-        budget_s: After so many seconds no further round is begun; the first look is always taken.
+        budget_s: Rounds after the first look are taken as long as they fit into so many seconds.
         seconds: The most for sampling one point in one round; None takes the suite's own.
-        timeout_s: A point that takes longer is given up, with its worker.
+        timeout_s: A point that takes longer to be prepared, or for one sample, is given up, with its worker.
         resume: Go on with what lies in `out`.
         command: What reproduces this.
         progress: Told of every measurement.
 
     Raises:
-        RequestError: No such revision or suite, or `out` cannot be used.
+        RequestError: No such revision or suite; or `out` holds something else, or is in use.
     """
     planned = plan(suite, axes=axes)
     seconds = seconds or planned.seconds
-    commit = _git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    with _checkout(commit, out) as source, ExitStack() as stack:
+    commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
+    with _Journal(out, resume=resume) as journal, checkout(commit, out) as source, ExitStack() as stack:
         ours = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
-        theirs = _points_of(source, suite, axes or {})
+        theirs = points_of(source, suite, axes or {})
         points = ours | theirs
         device, dtypes = devices(points.values())
-        of_base = {"source": source, "python": _environment_of(source, out)}
+        of_base = {"source": source, "python": environment_of(source, out)}
         engines = {
             "base": stack.enter_context(LocalEngine(timeout_s=timeout_s, **of_base)),
             "head": stack.enter_context(LocalEngine(timeout_s=timeout_s)),
@@ -124,14 +125,15 @@ def gate(
             flops_per_s=described.flops_per_s, bytes_per_s=described.bytes_per_s,
         )  # fmt: skip
         wanted = {"base": theirs.keys(), "head": ours.keys(), "again": ours.keys() & theirs.keys()}
-        opened = results.RunWriter.resume if resume else results.RunWriter.create
         sides = {}
         for name in SIDES:
             environment = described if name == "head" else before
-            writer = opened(out / name, suite=suite, sweeps=planned.sweeps, environment=environment, command=command)
+            writer = results.RunWriter.resume(
+                out / name, suite=suite, sweeps=planned.sweeps, environment=environment, command=command
+            )
             sides[name] = Side(engines[name], stack.enter_context(writer), environment, wanted[name])
-        deadline = time.monotonic() + budget_s
-        comparison, rounds, stopped = _until_decided(list(points.values()), sides, out, deadline, seconds, progress)
+        pace = Pace(time.monotonic() + budget_s, seconds)
+        comparison, rounds, stopped = _until_decided(list(points.values()), sides, out, journal, pace, progress)
     return Gated(comparison, results.load(out / "base"), results.load(out / "head"), rounds, stopped)
 
 
@@ -153,16 +155,17 @@ def take_round(
     *,
     seconds: float,
     progress: Callable[[Step], None] = lambda _: None,
-) -> int:
+) -> list[tuple[str, Measurement]]:
     """One round of every side, in turn, each in a fresh process; what is measured already is not measured again.
 
     Returns:
-        How many measurements were taken.
+        The measurements that were taken, with their sides.
     """
     names = tuple(sides)
     for side in sides.values():
         side.engine.retire()
-    done = taken = 0
+    taken: list[tuple[str, Measurement]] = []
+    done = 0
     for index, point in enumerate(points):
         # Who goes first moves on, so that no side is always the one that finds the machine warm.
         first = (number + index) % len(names)
@@ -175,8 +178,8 @@ def take_round(
         done += len(names) - len(works)
         for name, measured in _one_by_one_where_they_do_not_fit(sides, works, point, number, seconds):
             sides[name].writer.append(measured)
+            taken.append((name, measured))
             done += 1
-            taken += 1
             progress(Step(number, done, len(names) * len(points), name, measured))
     return taken
 
@@ -184,7 +187,7 @@ def take_round(
 def _one_by_one_where_they_do_not_fit(
     sides: Mapping[str, Side], works: Mapping[str, Work], point: Point, number: int, seconds: float
 ) -> Iterator[tuple[str, Measurement]]:
-    """All sides in turn; those for which there was no memory beside the others, by themselves."""
+    """All sides in turn; those for which there was no memory beside the others, once those are gone."""
     alone = []
     for name, measured in in_turn(works, seconds):
         if measured.status == "oom":
@@ -192,8 +195,10 @@ def _one_by_one_where_they_do_not_fit(
         else:
             yield name, measured
     for name in alone:
-        side = sides[name]
-        yield name, side.engine.measure(point, number, side.environment, seconds=seconds, video=None)
+        for side in sides.values():
+            side.engine.retire()
+        work = sides[name].engine.measuring(point, number, sides[name].environment, seconds=seconds, in_turn=True)
+        yield from in_turn({name: work}, seconds)
 
 
 def judge(base: results.Run, head: results.Run, again: results.Run, *, rounds: int) -> Comparison:
@@ -210,147 +215,156 @@ def undecided(found: Comparison) -> set[str]:
     return {one.point.key for one in found.points if one.verdict == "UNDECIDED"}
 
 
+class _Journal:
+    """The folder of a gate, for one process at a time, and the looks that were taken there.
+
+    A gate that goes on, after a kill or with a new budget, takes no more looks than one that was never stopped.
+    """
+
+    def __init__(self, out: Path, *, resume: bool) -> None:
+        self.out, self.resume = out, resume
+        self.looks: list[int] = []
+        """Numbers of rounds."""
+
+    def __enter__(self) -> Self:
+        path = self.out / JOURNAL
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                # A worktree and an environment are made anew here: never over somebody's files.
+                if not path.exists():
+                    raise RequestError(f"{self.out} is not empty and holds no gate: choose another --out")
+                if not self.resume:
+                    raise RequestError(
+                        f"{self.out} holds a gate already: go on with it by --resume, or choose another --out"
+                    )
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+        except OSError as problem:
+            raise RequestError(f"cannot write to {self.out}: {problem.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise RequestError(f"{self.out}: another gate is at work there; wait for it or end it") from None
+        self._file.seek(0)
+        content = self._file.read()
+        os.truncate(path, content.rfind(b"\n") + 1)  # a line that was torn by a kill
+        for number, line in enumerate(content.splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self.looks.append(int(json.loads(line)["look"]))
+            except (ValueError, TypeError, KeyError):
+                self._file.close()
+                raise RequestError(f'{path}, line {number}: wanted {{"look": rounds}}') from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def look(self, rounds: int) -> None:
+        """Notes that a look is taken, before anybody sees it.
+
+        Raises:
+            RequestError: The disk refuses.
+        """
+        try:
+            self._file.write(json.dumps({"look": rounds}).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise RequestError(f"cannot write to {self.out}: {problem.strerror}") from None
+        self.looks.append(rounds)
+
+
+@dataclass
+class Pace:
+    """How long the points of a round are sampled, so that the budget holds the rounds that a verdict wants."""
+
+    deadline: float
+    """Of `time.monotonic`."""
+    most_s: float
+    """For sampling a point in a round."""
+    besides_s: float | None = field(default=None, init=False)
+    """What a measurement takes besides sampling, in the last round; None where it is not known."""
+    _rounds: int = field(default=0, init=False)
+
+    def sampling_s(self, number: int, works: int) -> float:
+        """For each of so many measurements of a round."""
+        left_s = MARGIN * (self.deadline - time.monotonic())
+        share_s = left_s / (max(1, WANTED_ROUNDS - number + 1) * max(1, works))
+        besides_s = share_s / 2 if self.besides_s is None else self.besides_s
+        return min(self.most_s, max(LEAST_SAMPLING_S, share_s - besides_s))
+
+    def fits(self, seconds: float, works: int) -> bool:
+        """Whether so many measurements will end within the budget."""
+        return time.monotonic() + works * (seconds + (self.besides_s or 0.0)) <= self.deadline
+
+    def learn(self, took_s: float, seconds: float, works: int) -> None:
+        """What a round has taken; the first one, which starts processes and counts, tells nothing of the others."""
+        self._rounds += 1
+        if self._rounds > 1 and works:
+            self.besides_s = max(0.0, took_s / works - seconds)
+
+
 def _until_decided(
     points: Sequence[Point],
     sides: Mapping[str, Side],
     out: Path,
-    deadline: float,
-    most_s: float,
+    journal: _Journal,
+    pace: Pace,
     progress: Callable[[Step], None],
 ) -> tuple[Comparison, int, str]:
     """Rounds and looks, until nothing is open: the last look, how many rounds there were, and why they ended.
 
     What one side alone has is measured there in the first round, to see that it runs at all.
     """
+    compared = [point for point in points if point.key in sides["again"].wanted]
+    broken = {one.point.key for name in ("base", "head") for one in _measured(out / name) if one.status != "ok"}
+    number, found = 0, Comparison((), ())
     open_points = list(points)
-    number = 0
-    # Preparing the points may take as long as sampling them.
-    seconds = sampling_s(deadline - time.monotonic(), 2 * WANTED_ROUNDS, len(points) * len(sides), 0.0, most_s)
-    for look in LOOKS:
-        spent = False
-        while number < look and not spent:
+
+    def look() -> list[Point]:
+        nonlocal found
+        found = judge(*(results.load(out / name) for name in SIDES), rounds=number)
+        progress(Step(number, 0, 0, "", comparison=found))
+        still = undecided(found)
+        return [point for point in compared if point.key in still]
+
+    if journal.looks:
+        number = journal.looks[-1]
+        open_points = look()
+    while open_points:
+        target = next((rounds for rounds in LOOKS if rounds > number), number)
+        if target == number or len(journal.looks) == len(LOOKS):
+            return found, number, "the last look was taken"
+        before = number
+        while number < target:
+            works = sum(
+                (point.key, number + 1) not in side.writer.done and point.key in side.wanted
+                for point in open_points
+                for side in sides.values()
+            )
+            seconds = pace.sampling_s(number + 1, works)
+            if works and number >= LOOKS[0] and not pace.fits(seconds, works):
+                break
             number += 1
             began = time.monotonic()
             taken = take_round(number, open_points, sides, seconds=seconds, progress=progress)
-            if number == 1:
-                open_points = [point for point in points if point.key in sides["again"].wanted]
-            now = time.monotonic()
-            spent = number >= LOOKS[0] and now > deadline
-            if taken:
-                besides_s = (now - began) / taken - seconds
-                works = len(open_points) * len(sides)
-                seconds = sampling_s(deadline - now, WANTED_ROUNDS - number, works, besides_s, most_s)
-        # When the budget ends does not hang on what was found, so what it has bought may be looked at.
-        found = judge(*(results.load(out / name) for name in SIDES), rounds=number)
-        still = undecided(found)
-        open_points = [point for point in points if point.key in still]
-        progress(Step(number, 0, 0, "", comparison=found))
-        if not open_points:
-            return found, number, "every point is decided"
-        if spent:
-            return found, number, "the budget is spent"
-    return found, number, "the last look was taken"
+            pace.learn(time.monotonic() - began, seconds, len(taken))
+            broken |= {one.point.key for name, one in taken if name != "again" and one.status != "ok"}
+            # What did not run is MISSING whatever follows, and a point that hangs costs its timeout each time.
+            open_points = [point for point in open_points if point in compared and point.key not in broken]
+        if number > before:
+            journal.look(number)
+            open_points = look()
+        if number < target:
+            return found, number, "the budget is spent" if open_points else DECIDED
+    return found, number, DECIDED
 
 
-def sampling_s(left_s: float, rounds: int, works: int, besides_s: float, most_s: float) -> float:
-    """How long to sample, so that what is left of the budget holds so many further rounds.
-
-    Args:
-        left_s: Of the budget.
-        rounds: That are still wanted.
-        works: Measurements in a round.
-        besides_s: What one takes besides sampling.
-        most_s: No longer than that.
-    """
-    fitting_s = left_s / (max(1, rounds) * max(1, works)) - besides_s
-    return min(most_s, max(LEAST_SAMPLING_S, fitting_s))
+DECIDED = "every point is decided"
 
 
-def _git(*arguments: str, cwd: Path | None = None) -> str:
-    """What git says.
-
-    Raises:
-        RequestError: git is not there, this is no repository, or there is no such revision.
-    """
-    try:
-        ran = subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, cwd=cwd, timeout=300)
-    except FileNotFoundError:
-        raise RequestError("a gate needs git, to take the base revision's sources") from None
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = str(error.stderr or error).strip().splitlines()
-        raise RequestError(f"git {' '.join(arguments)}: {said[-1] if said else 'failed'}") from None
-    return ran.stdout.strip()
-
-
-@contextlib.contextmanager
-def _checkout(commit: str, out: Path) -> Iterator[Path]:
-    """The sources of a commit, in a worktree that is removed in the end; what a kill has left of one is made anew."""
-    place = (out / "source").resolve()
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _git("worktree", "prune")
-    _git("worktree", "add", "--detach", str(place), commit)
-    try:
-        if not (place / "kernels" / "vidkernels").is_dir() or not (place / "vidbench" / "suites.py").is_file():
-            raise RequestError(
-                f"revision {commit[:12]} has no kernels/vidkernels or no vidbench: nothing to compare with"
-            )
-        yield place
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(RequestError):
-            _git("worktree", "prune")
-
-
-_LIST_POINTS = """
-import json, sys
-from dataclasses import asdict
-from vidbench.suites import SUITES, plan
-axes = {
-    name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
-    for name, values in json.loads(sys.argv[2]).items()
-}
-points = [] if sys.argv[1] not in SUITES else [
-    asdict(point) for sweep in plan(sys.argv[1], axes=axes).sweeps for point in sweep.points() if point.kind != "task"
-]
-print(json.dumps(points))
-"""
-
-
-def _points_of(source: Path, suite: str, axes: Axes) -> dict[str, Point]:
-    """The points that a suite has in another checkout."""
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(source), str(source / "kernels")))}
-    asked = (sys.executable, "-P", "-c", _LIST_POINTS, suite, json.dumps(axes))
-    ran = subprocess.run(asked, capture_output=True, text=True, check=False, env=environ, cwd=source)
-    if ran.returncode:
-        said = ran.stderr.strip().splitlines()
-        raise RequestError(f"the base revision cannot list the points of {suite!r}: {said[-1] if said else 'no word'}")
-    points = msgspec.json.decode(ran.stdout, type=list[Point])
-    found = [
-        replace(point, case={k: tuple(v) if isinstance(v, list) else v for k, v in point.case.items()})
-        for point in points
-    ]
-    return {point.key: point for point in found}
-
-
-def _environment_of(source: Path, out: Path) -> Path | None:
-    """The base's own interpreter where it is tested with other versions than head; None where they are the same."""
-    theirs, ours = source / "constraints.txt", Path(_git("rev-parse", "--show-toplevel")) / "constraints.txt"
-    if not theirs.exists() or not ours.exists() or theirs.read_bytes() == ours.read_bytes():
-        return None
-    folder = out / "environment"
-    python = folder / "bin" / "python"
-    ready = folder / "ready"
-    if not ready.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        install = (str(python), "-m", "pip", "install", "-q", "-c", str(theirs), str(source))
-        ran = subprocess.run(install, capture_output=True, text=True, check=False)
-        if ran.returncode:
-            said = ran.stderr.strip().splitlines()
-            raise RequestError(f"the base's versions cannot be installed: {said[-1] if said else 'no word'}")
-        where = (str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        harness = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()) / "vidbench"
-        shutil.rmtree(harness)  # head's measures both
-        shutil.copytree(Path(vidbench.__file__).parent, harness)
-        ready.touch()
-    return python
+def _measured(folder: Path) -> list[Measurement]:
+    return list(results.load(folder).measurements)

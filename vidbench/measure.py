@@ -65,6 +65,7 @@ def measure(
     video: str | None = None,
     sampler: Sampler = sample,
     cost: Cost | None = None,
+    energy: bool = True,
 ) -> Measurement:
     """Measures one point in this process.
 
@@ -76,6 +77,7 @@ def measure(
         video: Path of the video file that clips come from.
         sampler: Takes the samples; pytest-benchmark brings its own.
         cost: What one call is known to need; None counts it.
+        energy: Whether the energy of a model's call is measured, where the device tells it.
 
     Returns:
         A Measurement of status ok, skipped (cannot run here), failed (wrong numbers, or faster than the device can
@@ -92,7 +94,7 @@ def measure(
         torch._dynamo.reset()
     try:
         with precision(point.dtype):
-            return _measure(point, environment, budget or Budget(), video, sampler, cost, row, spent)
+            return _measure(point, environment, budget or Budget(), video, sampler, cost, energy, row, spent)
     except (Unfit, RequestError) as why:
         return row("skipped", str(why))
     except CheckFailed as wrong:
@@ -117,6 +119,7 @@ def _measure(
     video: str | None,
     sampler: Sampler,
     cost: Cost | None,
+    energy: bool,
     row: Callable[..., Measurement],
     spent: Stopwatch,
 ) -> Measurement:
@@ -141,7 +144,7 @@ def _measure(
         ran = Ran(kernels)
     timed = captured(call) if point.regime == "graph" else call
     with spent:
-        warm_up(timed, timer, seconds=2 * budget.seconds)
+        warm_up(timed, timer, seconds=budget.warm_up_s)
     gpu = watch(point.device)
     if gpu is not None:
         timer.between = gpu.look
@@ -157,7 +160,7 @@ def _measure(
     if why := _impossible(samples, timer.step_s):
         return row("failed", why, error=error)
     energy_j = None
-    if gpu is not None and state is not None and _has_energy(point, budget):
+    if gpu is not None and state is not None and energy and _has_energy(point, budget):
         with spent:
             energy_j = gpu.energy(*_block(timed, median))
         state = replace(state, idle_power_w=gpu.idle_w)

@@ -26,6 +26,8 @@ class Budget:
     least: int = 6
     """Fewer samples have no 95 % interval of their median."""
     most: int = 100
+    warm_up_s: float = 1.0
+    """The most for warming up, however short the sampling: what is cold is measured wrong."""
     shortest_sample_s: float = 2e-4
     """Shorter calls are timed several at a time, so that the clock's own cost stays below a thousandth."""
 
@@ -55,7 +57,8 @@ class Timer:
         """Called before each block of calls, outside what is timed."""
         self.step_s = 0.0 if self.cuda else clock_step_s()
         """Of the clock, where it is coarse."""
-        self._block_s = 1e-4
+        self._enqueue_s = 1e-4
+        """Of one call, as the last block took it."""
         if self.cuda:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -84,7 +87,7 @@ class Timer:
             elapsed = (time.perf_counter() - start) / calls
             return elapsed, elapsed
         torch.cuda.synchronize()
-        torch.cuda._sleep(int(self._block_s * CLOCK_HZ))
+        torch.cuda._sleep(int(min(2 * calls * self._enqueue_s, LONGEST_HOLD_S) * CLOCK_HZ))
         start = time.perf_counter()
         self._start.record()
         for _ in range(calls):
@@ -97,7 +100,7 @@ class Timer:
         device = self._start.elapsed_time(self._end) / 1e3
         if time.perf_counter() - ended > max(HIDDEN_S, 0.1 * device):
             self.hidden += 1
-        self._block_s = min(2 * enqueue, LONGEST_BLOCK_S)
+        self._enqueue_s = enqueue / calls
         return device / calls, enqueue / calls
 
 
@@ -124,9 +127,9 @@ MOST_READINGS = 10**7
 
 
 CLOCK_HZ = 2e9
-"""About the clock of a GPU's multiprocessors; the block's length need not be exact."""
+"""About the clock of a GPU's multiprocessors; how long the stream is held back need not be exact."""
 
-LONGEST_BLOCK_S = 2e-2
+LONGEST_HOLD_S = 2e-2
 HIDDEN_S = 1e-4
 
 
@@ -178,16 +181,22 @@ def sample_in_turn(
         call: What is timed.
         timer: Takes the time.
         budget: Says how well the median should be known; how long it takes is up to the turns.
-        turns: Yields when it is this process's turn.
+        turns: Yields when it is this process's turn; asked for the first one when everything is prepared.
         taken: Told that the turn is over, and how many seconds it took.
     """
-    calls = calls_per_sample(call, timer, replace(budget, shortest_sample_s=SHORTEST_IN_TURN_S))
+    if not timer.cuda:
+        budget = replace(budget, shortest_sample_s=SHORTEST_IN_TURN_S)
+    calls = calls_per_sample(call, timer, budget)
     device: list[float] = []
     host: list[float] = []
+    if not timer.cuda:
+        be_still()
     for _ in turns:
         began = time.perf_counter()
         if not timer.cold:
             timer(call)  # the caches were the others'
+        while not timer.cuda and time.perf_counter() - began < AWAKE_S:
+            timer(call)
         seconds, on_host = timer(call, calls)
         device.append(seconds)
         host.append(on_host)
@@ -200,7 +209,7 @@ def sample_in_turn(
 
 
 SHORTEST_IN_TURN_S = 5e-3
-"""A turn costs some milliseconds besides its sample, which is therefore not much shorter."""
+"""On a CPU a turn costs some milliseconds besides its sample, which is therefore not much shorter."""
 
 
 def be_still(patience_s: float = 0.1) -> None:
@@ -218,6 +227,9 @@ def be_still(patience_s: float = 0.1) -> None:
 
 
 STILL_S = 1e-3
+
+AWAKE_S = 1e-2
+"""A processor that slept takes milliseconds until it is at speed and has its threads on cores of their own."""
 
 STEPS_PER_SAMPLE = 200
 """Of a coarse clock: half a percent, less than any change that is ever called one."""

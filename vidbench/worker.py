@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -261,14 +261,15 @@ def _sample_in_turn(connection: socket.socket, *arguments: Any) -> Any:
     """Takes samples when the engine says so."""
     from vidbench.timing import sample_in_turn
 
+    return sample_in_turn(*arguments, turns=_turns(connection), taken=partial(send, connection))
+
+
+def _turns(connection: socket.socket) -> Iterator[None]:
     send(connection, READY)
-    turns = iter(partial(receive, connection, bool), False)
-    return sample_in_turn(*arguments, turns=map(_engine_is_there, turns), taken=partial(send, connection))
-
-
-def _engine_is_there(turn: bool | None) -> None:
-    if turn is None:
-        os._exit(0)
+    while (turn := receive(connection, bool)) is not False:
+        if turn is None:  # the engine is gone
+            os._exit(0)
+        yield
 
 
 def _describe(request: Describe) -> Description:
@@ -282,9 +283,7 @@ def _describe(request: Describe) -> Description:
         return Description(None, refusal=str(error))
 
 
-def perform(
-    task: Task, environment: Environment, sampler: Callable[..., Any] | None = None
-) -> Measurement:
+def perform(task: Task, environment: Environment, sampler: Callable[..., Any] | None = None) -> Measurement:
     """The measurement of one point, whatever its workload raises."""
     from vidbench.measure import measure
     from vidbench.timing import Budget, sample
@@ -306,6 +305,7 @@ def perform(
             video=task.video,
             sampler=sampler or sample,
             cost=task.cost,
+            energy=not task.in_turn,
         )
     except (Exception, SystemExit) as error:  # noqa: BLE001  a user's model may raise anything; its row says what
         reason = str(error).strip().splitlines()

@@ -212,6 +212,7 @@ def state(clock: float = 2e9, **limits: int) -> DeviceState:
         ),
         ({"device_state": state(2e9)}, {"device_state": state(1.84e9)}, ["the SM clock is 8.0% lower"]),
         ({"device_state": state(2e9)}, {"device_state": state(1.99e9)}, []),
+        ({"device_state": state(0.0)}, {"device_state": state(2e9)}, []),  # a driver that does not know
         (
             {"device_state": state(sw_power_cap=1)},
             {"device_state": state(sw_power_cap=9, hw_thermal=1)},

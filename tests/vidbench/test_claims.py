@@ -31,14 +31,18 @@ from vidbench.claims import (
     page,
     per_seed,
 )
-from vidbench.claims.experiments import AMPLITUDES, SALIENT_FRAMES
+from vidbench.claims.costs import _slopes, _speedup
+from vidbench.claims.experiments import AMPLITUDES, BETWEEN, SALIENT_FRAMES
 from vidbench.claims.investigate import LINES, investigate, load
 from vidbench.claims.protocols import SIZES, threshold
-from vidbench.claims.sequences import _slopes, _speedup
 from vidbench.claims.textbook import claims
 from vidbench.sweep import RequestError
 
-ALL = [claim for size in SIZES for claim in claims(size)]
+ALL = [
+    pytest.param(claim, id=f"{claim.name}-{size}-{device}")
+    for size, device in (*((size, "cpu") for size in SIZES), ("full", "cuda"))
+    for claim in claims(size, device)
+]
 PLOT = Plot("model", "top1", "model", "", "top-1 accuracy")
 HERE = Path(__file__).parent
 
@@ -75,8 +79,9 @@ def test_one_refuted_prediction_refutes_and_an_undecided_one_leaves_it_open() ->
     (holds,) = claim.predictions
     fails, open_ = replace(holds, says="more", margin=50.0), replace(holds, says="about", margin=21.0)
     assert judge(replace(claim, predictions=(holds, open_, fails)), outcomes).verdict == "REFUTED"
-    assert "more" in judge(replace(claim, predictions=(holds, open_, fails)), outcomes).reason
-    undecided = judge(replace(claim, predictions=(holds, open_)), outcomes)
+    reason = judge(replace(claim, predictions=(holds, open_, fails)), outcomes).reason
+    assert reason == "more: 21 (18.5 to 23.5) points, wanted more than 50; but it helps"
+    undecided = judge(replace(claim, predictions=(open_,)), outcomes)
     assert undecided.verdict == "UNDECIDED"
     assert undecided.reason == "about: 21 (18.5 to 23.5) points, wanted more than 21"
     fewer = replace(holds, says="little", margin=50.0, less=True)
@@ -92,9 +97,11 @@ def test_what_was_not_done_or_failed_or_had_no_control_decides_nothing() -> None
     failed = [*outcomes[:2], replace(outcomes[2], rows=[], failure="oom: killed")]
     assert judge(claim, failed).verdict == "UNDECIDED"
     assert judge(claim, failed).reason == "1 of 3 experiments failed, the first with oom: killed"
-    control = replace(claim.predictions[0], says="it can be learnt", margin=90.0)
+    control = replace(claim.predictions[0], says="it can be learnt", margin=20.5)
     finding = judge(replace(claim, controls=(control,)), outcomes)
     assert (finding.verdict, finding.reason) == ("UNDECIDED", "a control does not hold: it can be learnt")
+    # It holds where it does in every seed, however wide the interval is.
+    assert judge(replace(claim, controls=(replace(control, margin=19.9),)), outcomes).verdict == "SUPPORTED"
 
 
 def test_what_is_counted_needs_no_interval() -> None:
@@ -121,11 +128,11 @@ def _trials(accuracy: Accuracies, gradient: Callable[[Given, int], float] = lamb
     return rows
 
 
-def _salience(of_four: float) -> Any:
-    """A world in which four salient frames of sixteen are answered so often."""
+def _salience(of_half: float) -> Any:
+    """A world in which eight salient frames of sixteen are answered so often."""
 
     def rows(experiment: Experiment) -> list[dict[str, Any]]:
-        preferences = (0.0, of_four / 2, of_four, 0.9, 1.0, 1.0)
+        preferences = (0.0, of_half / 4, of_half / 2, of_half, 0.95, 1.0)
         return [
             {"share": n / 16, "salient": p, "faint": 1 - p, "preference": p - 0.001 * (experiment.seed % 3)}
             for n, p in zip(SALIENT_FRAMES, preferences, strict=True)
@@ -151,11 +158,22 @@ def _amplitudes(thresholds: Sequence[float]) -> Any:
         if name not in seen:
             seen[name] = thresholds[len(seen)]
         octave = seen[name] + 0.01 * (experiment.seed % 3)
-        places = range(len(AMPLITUDES["disc"]))
+        pattern = str(experiment.given["pattern"])
         return [
             {"amplitude": amplitude, "top1": min(max(0.75 + 0.2 * (place - octave), 0.5), 1.0)}
-            for place, amplitude in zip(places, AMPLITUDES[str(experiment.given["pattern"])], strict=True)
+            for place, amplitude in enumerate(sorted((*AMPLITUDES[pattern], *BETWEEN[pattern])))
         ]
+
+    return rows
+
+
+def _streams(both: float, spatial: float = 0.5, temporal: float = 0.33, c3d: float = 0.99) -> Any:
+    def rows(experiment: Experiment) -> list[dict[str, Any]]:
+        wobble = 0.001 * (experiment.seed % 3)
+        if experiment.kind == "trial":
+            return [{"top1": c3d - wobble}]
+        of = {"spatial_stream": spatial, "temporal_stream": temporal, "both": both}
+        return [{"model": f"vidbench.claims.contenders:{name}", "top1": top1 - wobble} for name, top1 in of.items()]
 
     return rows
 
@@ -168,9 +186,10 @@ def _scaling(powers: dict[str, float], speedups: dict[str, float]) -> Any:
         for network, power in powers.items():
             for length in lengths:
                 latency = 1e-4 * length ** (power + 0.001 * experiment.seed)
-                found.append({"network": network, "clip_length": length, "cores": "all", "latency_s": latency})
-            alone = latency * speedups[network]
-            found.append({"network": network, "clip_length": lengths[-1], "cores": "one", "latency_s": alone})
+                of = {"network": network, "line": f"{network}, {experiment.given['mode']}", "clip_length": length}
+                found.append({**of, "cores": "all", "latency_s": latency})
+            if speedups:
+                found.append({**of, "cores": "one", "latency_s": latency * speedups[network]})
         return found
 
     return rows
@@ -200,7 +219,8 @@ WORLDS: dict[str, tuple[Any, Any]] = {
         _trials(lambda g: 1.0 if _is(g, "cnn_lstm") or g["task"] == "appearance" else 0.17),
         _trials(lambda g: 0.95),
     ),
-    "pooling_favours_salient_frames": (_salience(0.9), _salience(0.25)),
+    "average_pooling_favours_salient_frames": (_salience(0.9), _salience(0.5)),
+    "max_pooling_favours_salient_frames": (_salience(0.9), _salience(0.5)),
     "conv3d_beats_pooling_on_order": (
         _trials(lambda g: 1.0 if _is(g, "c3d") or g["task"] == "appearance" else 0.3),
         _trials(lambda g: 0.95),
@@ -212,25 +232,33 @@ WORLDS: dict[str, tuple[Any, Any]] = {
         ),
         _trials(lambda g: 1.0, lambda g, lag: 0.9**lag),
     ),
+    "orthogonal_rnn_forgets": (
+        _trials(lambda g: 0.25 if _is(g, "rnn_orthogonal") and g["length"] > 16 else 1.0),
+        _trials(lambda g: 1.0),
+    ),
     "default_lstm_remembers": (
-        _trials(lambda g: 1.0 if _is(g, "lstm") else 0.5, lambda g, lag: (0.5 if _is(g, "rnn") else 0.99) ** lag),
-        _trials(lambda g: 0.5, lambda g, lag: 0.5**lag),
+        _trials(lambda g: 0.5 if _is(g, "rnn") else 1.0, lambda g, lag: (0.5 if _is(g, "rnn") else 0.99) ** lag),
+        _trials(lambda g: 1.0 if _is(g, "lstm_forget_bias") else 0.5, lambda g, lag: 0.5**lag),
     ),
     "lstm_is_serial_tcn_is_not": (
         _scaling({"lstm": 1.0, "tcn": 0.5}, {"lstm": 1.0, "tcn": 1.9}),
         _scaling({"lstm": 1.0, "tcn": 1.0}, {"lstm": 1.5, "tcn": 1.5}),
     ),
-    "tcn_field_is_flexible": (_trials(lambda g: 1.0 if g["field"] >= 40 else 0.26), _trials(lambda g: 0.26)),
+    "tcn_field_is_flexible": (_trials(lambda g: 1.0 if g["field"] >= 40 else 0.26), _trials(lambda g: 0.97)),
     "tcn_gradients_are_stable": (
         _trials(lambda g: 1.0, lambda g, lag: (0.99 if _is(g, "tcn") else 0.7) ** lag),
         _trials(lambda g: 1.0, lambda g, lag: (1.5 if _is(g, "tcn") else 0.99) ** lag),
+    ),
+    "tcn_gradients_against_open_gates": (
+        _trials(lambda g: 1.0, lambda g, lag: (0.99 if _is(g, "tcn") else 0.7) ** lag),
+        _trials(lambda g: 1.0, lambda g, lag: (0.8 if _is(g, "tcn") else 0.99) ** lag),
     ),
     "tcn_trains_in_less_memory": (
         _by_model("peak_bytes", {"lstm": 200, "tcn": 100}),
         _by_model("peak_bytes", {"lstm": 100, "tcn": 100}),
     ),
-    "tcn_streams_in_more_memory": (
-        _by_model("state_bytes", {"lstm": 100, "tcn": 900}),
+    "tcn_streams_in_less_memory": (
+        _by_model("state_bytes", {"lstm": 900, "tcn": 100}),
         _by_model("state_bytes", {"lstm": 100, "tcn": 100}),
     ),
     "pre_training_transfers_for_tcn_not_lstm": (
@@ -241,25 +269,26 @@ WORLDS: dict[str, tuple[Any, Any]] = {
         _trials(lambda g: 1.0 if _is(g, "tcn") or "examples" not in g else 0.4),
         _trials(lambda g: 1.0),
     ),
+    "open_lstm_is_poor_on_small_data": (
+        _trials(lambda g: 1.0 if _is(g, "tcn") or "examples" not in g else 0.4),
+        _trials(lambda g: 1.0 if g["count"] > 64 else 0.3),
+    ),
     "lstm_misses_subtle_change": (_amplitudes((2.5, 1.5)), _amplitudes((1.5, 2.5))),
     "rigid_kernels_miss_subtle_motion": (_amplitudes((2.5, 1.5)), _amplitudes((2.0, 2.0))),
     "flow_is_short_term": (
         _trials(lambda g: 0.5 if _is(g, "temporal_stream") and "delay" in g["task"] else 0.97),
         _trials(lambda g: 0.97),
     ),
-    "two_streams_complement_each_other": (
-        _trials(lambda g: {"spatial_stream": 0.5, "temporal_stream": 0.33}.get(g["model"].rpartition(":")[2], 0.9)),
-        _trials(lambda g: 0.5),
-    ),
-    "two_streams_are_not_aligned": (_trials(lambda g: 0.5 if _is(g, "two_streams") else 0.99), _trials(lambda g: 0.99)),
+    "two_streams_complement_each_other": (_streams(0.9), _streams(0.51)),
+    "two_streams_are_not_aligned": (_streams(0.5), _streams(0.99)),
     "slow_fusion_is_best": (_trials(lambda g: 0.95 if _is(g, "slow_fusion") else 0.7), _trials(lambda g: 0.9)),
     "r2plus1d_doubles_nonlinearities": (
         lambda experiment: [{"relus": 34 if _is(experiment.given, "r2plus1d_18") else 17, "params": 100}],
         lambda experiment: [{"relus": 34, "params": 100}],
     ),
     "r2plus1d_is_easier_to_optimise": (
-        _trials(lambda g: 0.9 if _is(g, "r2plus1d_18") else 0.5),
-        _trials(lambda g: 0.5 if _is(g, "r2plus1d_18") else 0.9),
+        _trials(lambda g: 0.5 if _is(g, "r3d_18") else 0.9),
+        _trials(lambda g: 0.9 if _is(g, "r3d_18") else 0.5),
     ),
     "inception_bottlenecks_pay": (_costs(2.5, 2.0), _costs(2.5, 1.0)),
 }
@@ -267,7 +296,7 @@ WORLDS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("truth", [True, False])
-@pytest.mark.parametrize("claim", ALL, ids=lambda claim: f"{claim.name}-{len({e.seed for e in claim.experiments})}")
+@pytest.mark.parametrize("claim", ALL)
 def test_a_claim_is_supported_where_it_is_true_and_refuted_where_it_is_not(claim: Claim, truth: bool) -> None:
     assert len({one.key for one in claim.experiments}) == len(claim.experiments)
     world = WORLDS[claim.name][not truth]
@@ -338,7 +367,7 @@ def test_each_side_is_taken_at_its_better_rate() -> None:
 
 
 COUNTED = next(claim for claim in claims("small") if claim.name == "r2plus1d_doubles_nonlinearities")
-STREAMED = next(claim for claim in claims("small") if claim.name == "tcn_streams_in_more_memory")
+STREAMED = next(claim for claim in claims("small") if claim.name == "tcn_streams_in_less_memory")
 
 
 def test_an_investigation_is_gone_on_with_and_not_begun_twice(tmp_path: Path) -> None:
@@ -358,7 +387,7 @@ def test_an_investigation_is_gone_on_with_and_not_begun_twice(tmp_path: Path) ->
     # A torn last line is done again, and nothing else.
     (out / LINES).write_bytes(before[:-7])
     _, findings, outcomes = investigate([COUNTED, STREAMED], out, size="small", resume=True, progress=steps.append)
-    assert [finding.verdict for finding in findings] == ["SUPPORTED", "SUPPORTED"]
+    assert [finding.verdict for finding in findings] == ["SUPPORTED", "REFUTED"]
     assert sum(step.outcome is not None for step in steps) == 1 + len(STREAMED.experiments)
     keys = [outcome.experiment.key for outcome in load(out)[1]]
     assert len(keys) == len(set(keys)) == 2 + len(STREAMED.experiments)

@@ -13,13 +13,15 @@ from vidbench.claims import (
     Experiment,
 )
 from vidbench.claims.contenders import (
+    Averaged,
     ClipStreams,
     c3d_long_first_kernel,
     i3d_without_bottlenecks,
     lstm,
     lstm_forget_bias,
+    rnn_orthogonal,
 )
-from vidbench.claims.experiments import Mixed, perform, salience_of
+from vidbench.claims.experiments import LOST, Mixed, _in_turn, perform, salience_of
 from vidbench.data.tasks import create
 from vidbench.trials import TaskData
 
@@ -151,9 +153,9 @@ def test_salience_is_of_the_frames_that_stand_out() -> None:
 def test_streams_see_what_they_are_for() -> None:
     torch.manual_seed(0)
     clip = create("time_direction:clip_length=24").make(range(4), seed=0)[0]
-    spatial, temporal, both = (
+    spatial, temporal = (
         ClipStreams(kind, num_classes=3, clip_length=24, input_size=32, width_multiplier=0.0625).eval()  # type: ignore[arg-type]
-        for kind in ("spatial", "temporal", "both")
+        for kind in ("spatial", "temporal")
     )
     others = clip.clone()
     others[:, :, :12] = 0
@@ -162,13 +164,13 @@ def test_streams_see_what_they_are_for() -> None:
         assert torch.equal(spatial(clip), spatial(others))  # the middle frame alone
         assert not torch.equal(temporal(clip), temporal(others))
         # Windows of ten fields at 0, 5 and 10: their order is nothing to the average, that within them is.
-        assert both(clip).exp().sum(dim=1) == pytest.approx(1.0, abs=1e-5)
+        both = Averaged(spatial, temporal)(clip).exp()
+        assert both.numpy() == pytest.approx(
+            (spatial(clip).softmax(1) + temporal(clip).softmax(1)).numpy() / 2, abs=1e-5
+        )
         still = clip[:, :, :1].expand(-1, -1, 24, -1, -1)
         assert torch.allclose(temporal(still), temporal(still.flip(4)), atol=1e-5)  # no motion, whatever is shown
-    assert sum(p.numel() for p in both.parameters()) == sum(
-        p.numel() for stream in (spatial, temporal) for p in stream.parameters()
-    )
-    with pytest.raises(ValueError, match="neither spatial, temporal nor both"):
+    with pytest.raises(ValueError, match="neither spatial nor temporal"):
         ClipStreams("audio", num_classes=3, clip_length=16, input_size=32)  # type: ignore[arg-type]
 
 
@@ -209,11 +211,41 @@ def test_what_is_timed_is_timed_side_by_side() -> None:
         ("lstm", 5), ("tcn", 5), ("lstm", 13), ("tcn", 13),
     ]  # fmt: skip
     assert all(row["latency_s"] > 0 for row in rows)
+    assert {(row["cores"], row["line"]) for row in rows if row["clip_length"] == 13} == {
+        (cores, f"{network}, train") for cores in ("all", "one") for network in ("LSTM", "TCN")
+    }
     costs = rows_of("cost", clip_length=8, input_size=32, width_multiplier=0.125)
     for row in costs:
         model = models.create(row["model"], width_multiplier=0.125).eval()
         assert row["macs"] == _convolved(model, torch.zeros(1, 3, 8, 32, 32))
     assert costs[1]["macs"] > costs[0]["macs"]
+
+
+def test_timed_samples_alternate() -> None:
+    log: list[str] = []
+
+    class Fake:
+        cuda = cold = False
+        step_s = 0.0
+
+        def __call__(self, call: Any, calls: int = 1) -> tuple[float, float]:
+            call()
+            return 1.0, 1.0
+
+    found = _in_turn({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, Fake())  # type: ignore[arg-type]
+    assert found == {"a": 1.0, "b": 1.0}
+    assert "".join(log).endswith("aabb" * 6)  # a call for the caches and a sample, then the other
+
+
+def test_an_orthogonal_rnn_keeps_the_length_of_its_state() -> None:
+    matrix = rnn_orthogonal(num_classes=2, input_features=3, hidden_size=8).rnn.get_parameter("weight_hh_l0")
+    assert torch.allclose(matrix @ matrix.T, torch.eye(8), atol=1e-5)
+
+
+def test_a_training_that_diverges_learnt_nothing() -> None:
+    rate = {"steps": 3, "width_multiplier": 0.25, "learning_rate": 1e30, "batch_size": 8, "clip_norm": 1e30}
+    (row,) = rows_of("trial", model="vidbench.claims.contenders:rnn", task="token_memory:clip_length=8", **rate)
+    assert (row["top1"], row["loss"]) == (0.25, LOST)
 
 
 def test_a_forget_bias_of_five_is_added_to_the_forget_gate_alone() -> None:

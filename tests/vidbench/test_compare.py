@@ -17,7 +17,7 @@ import pytest
 from scipy import stats
 
 from vidbench import baselines
-from vidbench.compare import Comparison, compare
+from vidbench.compare import Comparison, PointVerdict, compare
 from vidbench.compare_text import FORMATS, apart, headline, label
 from vidbench.records import Accuracy, Counts, Environment, Measurement, Memory
 from vidbench.results import Run, RunWriter, load
@@ -167,6 +167,42 @@ def test_runs_taken_apart_are_judged_by_the_noise_between_runs() -> None:
     assert compare(base, new, baselines=quiet).points[0].verdict == "SLOWER"
     noisy_machine = [run_of(rounds_of(at, noisy(1e-2 * (1 + 0.1 * i), 0.002, 6, i)), f"l{i}") for i in range(5)]
     assert compare(base, new, baselines=noisy_machine).points[0].verdict == "UNDECIDED"
+
+
+def test_of_a_point_that_few_baselines_have_the_noise_between_runs_is_not_known() -> None:
+    old, young = point("old"), point("young")
+    quiet = [run_of(rounds_of(old, noisy(1e-2, 0.002, 6, i)), f"q{i}") for i in range(4)]
+    base, new = (
+        run_of([*rounds_of(old, noisy(1e-2, 0.002, 6, seed)), *rounds_of(young, noisy(seconds, 0.002, 6, seed))], name)
+        for name, seconds, seed in (("b", 1e-2, 7), ("n", 1.1e-2, 8))
+    )
+    found = {one.point.workload: one for one in compare(base, new, baselines=quiet).points}
+    assert found["young"].verdict == "UNDECIDED"  # a tenth slower, as two runs may be without a cause
+    grown = [
+        run_of([*run.measurements, *rounds_of(young, noisy(1e-2, 0.002, 6, seed))], run.id)
+        for seed, run in enumerate(quiet)
+    ]
+    found = {one.point.workload: one for one in compare(base, new, baselines=grown).points}
+    assert found["young"].verdict == "SLOWER"
+
+
+def test_what_could_have_been_seen_is_what_would_have_been_called() -> None:
+    """A point slower by a little more than what stands beside it is named, by a little less is not."""
+    noise = [np.random.default_rng(seed).normal(0, 0.02, 6) for seed in range(8)]
+
+    def verdict(number: int, slower: float) -> PointVerdict:
+        sides: tuple[list[Measurement], ...] = ([], [], [])
+        for at in range(8):
+            rises = np.exp(noise[at] - noise[at].mean() + (np.log1p(slower) if at == number else 0.0))
+            for side, times in zip(sides, (np.ones(6), rises, np.ones(6)), strict=True):
+                side.extend(rounds_of(point(f"p{at}"), list(1e-2 * times)))
+        base, new, again = (run_of(side, name) for side, name in zip(sides, "bna", strict=True))
+        return compare(base, new, again=again).points[number]
+
+    said = verdict(2, 0.0).reason
+    smallest = float(said.removeprefix("could have seen ").removesuffix("%")) / 100
+    assert verdict(2, 1.05 * smallest).verdict == "SLOWER"
+    assert verdict(2, 0.95 * smallest).verdict == "UNDECIDED"
 
 
 def test_many_points_tell_how_far_two_runs_lie_apart() -> None:

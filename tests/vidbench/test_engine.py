@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vidbench
-from vidbench.engine import run
+from vidbench.engine import runs
 from vidbench.engine.local import LocalEngine
 from vidbench.results import Run, load
 from vidbench.sweep import RequestError
@@ -35,7 +35,7 @@ def statuses(done: Run) -> dict[str, tuple[str, str]]:
 
 def test_faults_cost_their_point_alone(tmp_path: Path) -> None:
     bad = ["Segfaults", "Raises", "Exits", "NotANumber", "Hangs"]
-    done = run(
+    (done,) = runs(
         "models",
         models=[f"user_models:{name}" for name in ("tiny", *bad, "Tiny")],
         axes=SMALL,
@@ -84,7 +84,7 @@ def test_the_kernels_memory_limit_costs_its_point_alone(tmp_path: Path, memory_l
 
 def test_rounds_are_processes_and_each_takes_every_point_once(tmp_path: Path) -> None:
     seen = []
-    done = run(
+    (done,) = runs(
         "models",
         models=["user_models:tiny"],
         axes={**SMALL, "clip_length": (2, 4)},
@@ -104,14 +104,14 @@ def test_rounds_are_processes_and_each_takes_every_point_once(tmp_path: Path) ->
 
 def test_resuming_does_only_what_is_missing(tmp_path: Path) -> None:
     wanted = {"axes": SMALL, "models": ["user_models:tiny"], "out": tmp_path / "run", "seconds": 0.02}
-    first = run("models", rounds=1, **wanted)  # type: ignore[arg-type]
-    again = run("models", rounds=2, resume=True, **wanted)  # type: ignore[arg-type]
+    (first,) = runs("models", rounds=1, **wanted)  # type: ignore[arg-type]
+    (again,) = runs("models", rounds=2, resume=True, **wanted)  # type: ignore[arg-type]
     assert [m.round for m in again.measurements] == [1, 2]
     assert again.measurements[0] == first.measurements[0]
     with pytest.raises(RequestError, match="holds a run"):
-        run("models", **wanted)  # type: ignore[arg-type]
+        runs("models", **wanted)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="cannot be resumed"):
-        run("models", resume=True, **{**wanted, "axes": {**SMALL, "clip_length": (5,)}})  # type: ignore[arg-type]
+        runs("models", resume=True, **{**wanted, "axes": {**SMALL, "clip_length": (5,)}})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
@@ -221,7 +221,7 @@ def test_a_request_that_cannot_be_carried_out_is_one_line(
     tmp_path: Path, arguments: dict[str, object], said: str
 ) -> None:
     with pytest.raises(RequestError) as error:
-        run(**arguments, out=tmp_path / "run")  # type: ignore[arg-type]
+        runs(**arguments, out=tmp_path / "run")  # type: ignore[arg-type]
     assert said in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()

@@ -26,8 +26,7 @@ def test_rules_of_other_tools_on_cases_worked_by_hand() -> None:
     assert script.nvbench(base, new).tolist() == [False, True, True, True]  # above the deviation of 0.6 %
     assert script.welch(base, new).tolist() == [False, True, True, True]
     assert not script.asv(new, base).any()  # faster is no alarm
-    with pytest.raises(ValueError, match="too few"):
-        script.asv(base[:, :3], new[:, :3])
+    assert not script.asv(base[:, :5], new[:, :5]).any()  # of five samples its test cannot tell
 
 
 def test_rules_pass_over_samples_that_were_not_taken() -> None:

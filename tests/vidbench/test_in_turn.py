@@ -97,7 +97,24 @@ def test_short_calls_are_timed_several_at_a_time_and_a_turn_is_told_whole(monkey
     )
     assert samples.calls_per_sample == 5
     assert samples.device_s == pytest.approx([1e-3] * 6)
-    assert told == pytest.approx([1e-3 + 5e-3 + timing.STILL_S] * 6, abs=1e-6)  # a call for the caches, a sample, the stillness
+    a_sample = 5e-3
+    assert told == pytest.approx([timing.AWAKE_S + a_sample + timing.STILL_S] * 6, abs=1e-3)
+
+
+def test_a_worker_is_ready_when_nothing_but_samples_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = Spinning(until=0.0), []
+    monkeypatch.setattr(timing, "time", clock)
+
+    def call() -> None:
+        log.append("call")
+        clock.sleep(6e-3)
+
+    def turns() -> Iterator[None]:
+        log.append("ready")
+        yield from [None] * 2
+
+    timing.sample_in_turn(call, timing.Timer("cpu", "hot"), Budget(), turns=turns(), taken=lambda _: log.append("over"))
+    assert log == ["call", "ready", *["call", "call", "call", "over"] * 2]  # two are 12 ms, to be awake
 
 
 def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:
@@ -136,14 +153,12 @@ def test_what_does_not_fit_beside_the_others_is_measured_by_itself(
             asked.append(f"{self.name} fresh")
 
         def measuring(self, point: Point, round: int, *_: object, **__: object) -> Work:
-            asked.append(f"{self.name} in turn")
+            alone = asked[-3:] == [f"{name} fresh" for name in gate.SIDES] and len(asked) > 3
+            asked.append(f"{self.name} {'alone' if alone else 'in turn'}")
             yield 0.0
-            status = "oom" if self.name == "again" else "ok"
-            return Measurement(point, round, status, samples_s=[1.0] if status == "ok" else ())  # type: ignore[arg-type]
-
-        def measure(self, point: Point, round: int, *_: object, **__: object) -> Measurement:
-            asked.append(f"{self.name} alone")
-            return Measurement(point, round, "ok", samples_s=[2.0])
+            if self.name == "again" and not alone:
+                return Measurement(point, round, "oom", "out of memory")
+            return Measurement(point, round, "ok", samples_s=[2.0 if alone else 1.0])
 
     def sides() -> Iterator[tuple[str, Side]]:
         for name in gate.SIDES:

@@ -153,9 +153,7 @@ def test_out_of_memory_is_its_own_status(environment: Environment) -> None:
     assert "allocate" in row.reason
 
 
-def test_counts_are_shared_between_implementations(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_are_shared_between_implementations(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = KnownCosts()
     counted: list[Cost] = []
     count = OpWorkload.cost

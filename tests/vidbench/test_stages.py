@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidbench.engine import run
+from vidbench.engine import runs
 from vidbench.environment import describe
 from vidbench.measure import measure
 from vidbench.models import input_shapes
@@ -91,7 +91,7 @@ def test_a_model_on_clips_of_a_file(clip: Path, environment: Environment, memory
 
 def test_a_sweep_over_a_file_has_a_row_per_stage_and_model(clip: Path, tmp_path: Path) -> None:
     axes = {"clip_length": (4,), "input_size": (32,), "width_multiplier": (0.125,)}
-    done = run("models", models=["c3d"], axes=axes, video=clip, out=tmp_path / "run", seconds=0.02)
+    (done,) = runs("models", models=["c3d"], axes=axes, video=clip, out=tmp_path / "run", seconds=0.02)
     assert [(m.point.workload, m.status) for m in done.measurements] == [
         ("decode", "ok"), ("resize_normalise", "ok"), ("c3d", "ok"),
     ]  # fmt: skip
@@ -100,4 +100,4 @@ def test_a_sweep_over_a_file_has_a_row_per_stage_and_model(clip: Path, tmp_path:
     other = tmp_path / clip.name
     other.write_bytes(clip.read_bytes() + b"\0")
     with pytest.raises(RequestError, match="input was 'moving"):
-        run("models", models=["c3d"], axes=axes, video=other, out=tmp_path / "run", resume=True)
+        runs("models", models=["c3d"], axes=axes, video=other, out=tmp_path / "run", resume=True)

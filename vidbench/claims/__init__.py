@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from vidbench.metrics import Interval, interval
@@ -84,6 +84,8 @@ class Plot:
     """Whether y is a share."""
     level: float | None = None
     """A line across, such as chance."""
+    one_training: bool = False
+    """Whether one training has all x, so that its learning rate is chosen for all of them at once."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Claim:
     """All must be SUPPORTED for the claim to be."""
     plot: Plot
     controls: tuple[Prediction, ...] = ()
-    """What must hold for the outcome to mean anything, such as that a task can be learnt at all."""
+    """What must hold in every seed for the outcome to mean anything, such as that a task can be learnt at all."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ RATE = "learning_rate"
 
 
 def at_best_rate(outcomes: pd.DataFrame, value: str, *by: str) -> pd.DataFrame:
-    """Of every group, the rows at the learning rate whose mean value over seeds is the best.
+    """Of every group, the rows at the learning rate at which the median seed does best.
 
-    Where both sides of a comparison are trained at several rates, each is taken at its best.
+    Where both sides of a comparison are trained at several rates, each is taken at its best. The median, since a
+    training that learns the task by chance in one seed of three says little of its rate.
 
     Args:
         outcomes: Rows of a frame.
@@ -154,8 +157,9 @@ def at_best_rate(outcomes: pd.DataFrame, value: str, *by: str) -> pd.DataFrame:
     if RATE not in outcomes or outcomes[RATE].nunique() < 2:
         return outcomes
     sign = -1 if value == "loss" else 1
-    means = (sign * outcomes[value]).groupby([outcomes[name] for name in (*by, RATE)], dropna=False).mean()
-    ranked = means.sort_values(ascending=False, kind="stable").reset_index()[[*by, RATE]]
+    of_seeds = (sign * outcomes[value]).groupby([outcomes[name] for name in (*by, RATE, "seed")], dropna=False).mean()
+    middles = of_seeds.groupby(level=[*by, RATE], dropna=False).median()
+    ranked = middles.sort_values(ascending=False, kind="stable").reset_index()[[*by, RATE]]
     chosen = ranked.drop_duplicates(list(by)) if by else ranked.head(1)
     return outcomes.merge(chosen, on=[*by, RATE])
 
@@ -177,13 +181,14 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> Finding:
     """What the outcomes say of a claim.
 
     It is SUPPORTED where all its predictions are, REFUTED where one is, and UNDECIDED otherwise, or where a control
-    does not hold: then the experiment did not test what it was made for.
+    does not hold: then the experiment did not test what it was made for. What speaks for a claim that is not
+    supported is told as well.
     """
     keys = {experiment.key for experiment in claim.experiments}
     mine = [outcome for outcome in outcomes if outcome.experiment.key in keys]
     table = frame(mine)
     predictions = tuple(_judged(prediction, table) for prediction in claim.predictions)
-    controls = tuple(_judged(control, table) for control in claim.controls)
+    controls = tuple(_held(control, table) for control in claim.controls)
     failed = [outcome for outcome in mine if outcome.failure]
     broken = [control for control in controls if control.verdict != "SUPPORTED"]
 
@@ -200,7 +205,8 @@ def judge(claim: Claim, outcomes: Sequence[Outcome]) -> Finding:
         return found("UNDECIDED", f"a control does not hold: {broken[0].prediction.says}")
     for verdict in ("REFUTED", "UNDECIDED"):
         if judged := next((one for one in predictions if one.verdict == verdict), None):
-            return found(verdict, judged.reason)
+            others = [one.prediction.says for one in predictions if one.verdict == "SUPPORTED"]
+            return found(verdict, "; but ".join((judged.reason, " and ".join(others))) if others else judged.reason)
     return found("SUPPORTED")
 
 
@@ -212,6 +218,15 @@ def said(found: Interval, prediction: Prediction) -> str:
     if prediction.unit == "%":  # a t interval knows of no ends
         low, high = max(low, 0.0), min(high, 100.0)
     return f"{found.mean:.3g} ({low:.3g} to {high:.3g}) {prediction.unit}".rstrip()
+
+
+def _held(control: Prediction, table: pd.DataFrame) -> Judged:
+    """A control holds where it does in every seed; it is not estimated, so its interval has no say."""
+    judged = _judged(control, table)
+    if judged.interval is None:
+        return judged
+    held = (value < control.margin if control.less else value > control.margin for value in control.effect(table))
+    return replace(judged, verdict="SUPPORTED" if all(held) else "UNDECIDED")
 
 
 def _judged(prediction: Prediction, table: pd.DataFrame) -> Judged:

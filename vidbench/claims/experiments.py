@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,20 +21,26 @@ from torch.overrides import TorchFunctionMode
 
 from vidbench import counting, models
 from vidbench.claims import Experiment, Row
+from vidbench.claims.contenders import Averaged
 from vidbench.data.tasks import CONDITIONS, create
 from vidbench.memory import measure_memory
 from vidbench.sweep import RequestError, Value, unknown
-from vidbench.timing import Budget, Timer, sample, warm_up
+from vidbench.timing import Budget, Timer, calls_per_sample, warm_up
 from vidbench.training import Recipe, evaluate, seeded, train
 from vidbench.trials import TaskData, model_for, trial
 
 Given = Mapping[str, Value]
+
+CONTENDERS = "vidbench.claims.contenders"
 
 TEST_EXAMPLES = 300
 """Test clips behind each accuracy: one half is known to within 3 points by a seed, and better by several."""
 
 LABELS = ("length", "count", "field")
 """What is given for the figures alone."""
+
+LOST = 1e3
+"""The loss, in nats, of a training that diverged: more than any other has."""
 
 ALONE = ("scaling", "cost")
 """Kinds that are timed: on all cores, with nothing beside them."""
@@ -45,7 +53,7 @@ def perform(experiment: Experiment, device: str) -> list[Row]:
 
     Raises:
         RequestError: No such kind, or what is given does not fit it.
-        FloatingPointError: A training diverged.
+        FloatingPointError: A training diverged that has no other rate.
     """
     if experiment.kind not in KINDS:
         raise unknown("kind of experiment", experiment.kind, KINDS)
@@ -72,15 +80,18 @@ def _trial(given: Given, seed: int, device: str) -> list[Row]:
         create(str(given["task"])), limit=None if limit is None else _whole(limit), test_examples=TEST_EXAMPLES
     )
     losses: list[float] = []
-    done = trial(
-        str(given["model"]),
-        data,
-        seed=seed,
-        recipe=_recipe(given),
-        device=device,
-        progress=lambda _step, _steps, loss: losses.append(loss),
-        **_options(given, "model", "task", "examples", *LABELS),
-    )
+    try:
+        done = trial(
+            str(given["model"]),
+            data,
+            seed=seed,
+            recipe=_recipe(given),
+            device=device,
+            progress=lambda _step, _steps, loss: losses.append(loss),
+            **_options(given, "model", "task", "examples", *LABELS),
+        )
+    except FloatingPointError:  # at too high a rate: nothing was learnt, and another rate may do better
+        return [{"top1": 1 / data.task.num_classes, "loss": LOST}]
     accuracy = done.accuracy
     return [
         {
@@ -144,11 +155,29 @@ def _train_on_all(
     return model, data, recipe
 
 
+def _streams(given: Given, seed: int, device: str) -> list[Row]:
+    """The two streams trained by themselves, as in the paper, and the average of their scores."""
+    data = TaskData(create(str(given["task"])), test_examples=TEST_EXAMPLES)
+    recipe = _recipe(given)
+    streams = {
+        name: trial(name, data, seed=seed, recipe=recipe, device=device).model
+        for name in (f"{CONTENDERS}:spatial_stream", f"{CONTENDERS}:temporal_stream")
+    }
+    tested = {**streams, f"{CONTENDERS}:both": Averaged(*streams.values())}
+    return [
+        {"model": name, "top1": evaluate(model, data.testing(recipe.batch_size, seed, "normal")).top1}
+        for name, model in tested.items()
+    ]
+
+
 AMPLITUDES = {
     "texture": (0.015625, 0.03125, 0.0625, 0.125, 0.25, 8.0),
     "disc": (0.1875, 0.375, 0.75, 1.5, 3.0, 48.0),
 }
 """Pixels from a clip's first frame to its last, by what moves: octaves where models begin to see it, and one beyond."""
+
+BETWEEN = {"texture": (0.5, 1.0, 2.0, 4.0), "disc": (6.0, 12.0, 24.0)}
+"""Tested and not trained on, so that a threshold among them is found to the octave."""
 
 
 def _amplitude(given: Given, seed: int, device: str) -> list[Row]:
@@ -157,12 +186,20 @@ def _amplitude(given: Given, seed: int, device: str) -> list[Row]:
     The first half of the training is on the largest alone. That one is tested under altered frames, too.
     """
     pattern = str(given["pattern"])
-    amplitudes = AMPLITUDES[pattern]
-    names = [f"subtle_motion:amplitude={amplitude:g}:pattern={pattern}" for amplitude in amplitudes]
-    model, data, recipe = _train_on_all(given, names, seed, device, alone=0.5)
+    largest = AMPLITUDES[pattern][-1]
+
+    def name(amplitude: float) -> str:
+        return f"subtle_motion:amplitude={amplitude:g}:pattern={pattern}"
+
+    shown = sorted((*AMPLITUDES[pattern], *BETWEEN[pattern]))
+    try:
+        model, _, recipe = _train_on_all(given, [*map(name, AMPLITUDES[pattern])], seed, device, alone=0.5)
+    except FloatingPointError:  # at too high a rate: nothing was learnt, and another rate may do better
+        return [{"amplitude": amplitude, "top1": 0.5} for amplitude in shown]
     rows: list[Row] = []
-    for amplitude, one in zip(amplitudes, data, strict=True):
-        asked = CONDITIONS if amplitude == amplitudes[-1] else CONDITIONS[:1]
+    for amplitude in shown:
+        one = TaskData(create(name(amplitude)), test_examples=TEST_EXAMPLES)
+        asked = CONDITIONS if amplitude == largest else CONDITIONS[:1]
         found: dict[str, float] = {
             how: evaluate(model, one.testing(recipe.batch_size, seed, how)).top1 for how in asked
         }
@@ -314,7 +351,8 @@ def _training_memory(given: Given, seed: int, device: str) -> list[Row]:
         model = _sequence_model(name, width, length, device)
         features = torch.randn(_whole(given["batch_size"]), length, width, device=device)
     step = _sequence_step(model, features)
-    step()
+    with _without_denormals():
+        step()
     memory = measure_memory(device, step, 0)
     return [{"peak_bytes": memory.peak_bytes - memory.live_before_bytes, "params": _params(model), "units": width}]
 
@@ -322,7 +360,9 @@ def _training_memory(given: Given, seed: int, device: str) -> list[Row]:
 def _scaling(given: Given, seed: int, device: str) -> list[Row]:
     """Latency over clip length, the networks in turn at every length; on a CPU also on one thread at the longest.
 
-    Weight normalisation is folded into the weights in `forward`, as it is where a network is deployed.
+    Weight normalisation is folded into the weights in `forward`, as it is where a network is deployed. Gradients of
+    the last frame that have shrunk below the smallest normal number over some hundreds of frames would be computed
+    many times slower on a CPU: they count as 0, as they do on a GPU.
     """
     mode, hidden = str(given["mode"]), _whole(given["hidden_size"])
     lengths = given["lengths"]
@@ -331,7 +371,7 @@ def _scaling(given: Given, seed: int, device: str) -> list[Row]:
     rows: list[Row] = []
     for length in lengths:
         steps = {}
-        for network, name in (("lstm", "vidbench.claims.contenders:lstm"), ("tcn", "tcn")):
+        for network, name in (("lstm", f"{CONTENDERS}:lstm"), ("tcn", "tcn")):
             with seeded(seed, device):
                 model = _sequence_model(name, hidden, length, device).train(mode == "train")
                 features = torch.randn(1, length, hidden, device=device)
@@ -339,13 +379,51 @@ def _scaling(given: Given, seed: int, device: str) -> list[Row]:
         cores = {"all": torch.get_num_threads()}
         if device == "cpu" and length == lengths[-1]:
             cores["one"] = 1
-        for (which, count), (network, step) in itertools.product(cores.items(), steps.items()):
+        for which, count in cores.items():
             torch.set_num_threads(count)
-            warm_up(step, timer, seconds=2 * TIMING.seconds)
-            latency = statistics.median(sample(step, timer, TIMING).device_s)
-            rows.append({"network": network, "clip_length": length, "cores": which, "latency_s": latency})
+            with _without_denormals():
+                latencies = _in_turn(steps, timer)
+            rows += [
+                {
+                    "network": network,
+                    "line": f"{network.upper()}, {mode}",
+                    "clip_length": length,
+                    "cores": which,
+                    "latency_s": latency,
+                }
+                for network, latency in latencies.items()
+            ]
         torch.set_num_threads(cores["all"])
     return rows
+
+
+@contextlib.contextmanager
+def _without_denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)  # does nothing where the processor cannot
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _in_turn(calls: Mapping[str, Callable[[], Any]], timer: Timer) -> dict[str, float]:
+    """Seconds per call of each: medians of samples that are taken in turn, so that a slow moment is slow for all.
+
+    What the others left in the caches is no part of a sample: a call that is not timed comes before it.
+    """
+    counts = {}
+    for name, call in calls.items():
+        warm_up(call, timer, seconds=TIMING.warm_up_s)
+        counts[name] = calls_per_sample(call, timer, TIMING)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    for taken in range(TIMING.most):
+        if taken >= TIMING.least and time.perf_counter() - began > 2 * TIMING.seconds * len(calls):
+            break
+        for name, call in calls.items():
+            timer(call)
+            times[name].append(timer(call, counts[name])[0])
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def _forward(model: nn.Module, features: Tensor) -> Callable[[], Tensor]:
@@ -362,21 +440,19 @@ def _forward(model: nn.Module, features: Tensor) -> Callable[[], Tensor]:
 
 
 def _cost(given: Given, seed: int, device: str) -> list[Row]:
-    """Multiply-adds and latency of several models on one clip, timed one after the other."""
-    names = ("i3d_rgb", "vidbench.claims.contenders:i3d_without_bottlenecks")
+    """Multiply-adds and latency of two models on one clip, timed in turn."""
+    names = ("i3d_rgb", f"{CONTENDERS}:i3d_without_bottlenecks")
     size, length = _whole(given["input_size"]), _whole(given["clip_length"])
-    timer = Timer(device, "hot")
-    rows: list[Row] = []
+    counted: dict[str, int] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for name in names:
         with seeded(seed, device):
             model = models.create(name, width_multiplier=float(str(given["width_multiplier"]))).eval()
         counts = counting.count_model(counting.on_meta(model), [(1, 3, length, size, size)])
-        model, clip = model.to(device), torch.randn(1, 3, length, size, size).to(device)
-        forward = _forward(model, clip)
-        warm_up(forward, timer, seconds=2 * TIMING.seconds)
-        latency = statistics.median(sample(forward, timer, TIMING).device_s)
-        rows.append({"model": name, "macs": counts.macs or 0, "latency_s": latency})
-    return rows
+        counted[name] = counts.macs or 0
+        calls[name] = _forward(model.to(device), torch.randn(1, 3, length, size, size).to(device))
+    latencies = _in_turn(calls, Timer(device, "hot"))
+    return [{"model": name, "macs": counted[name], "latency_s": latencies[name]} for name in names]
 
 
 def _whole(value: Value) -> int:
@@ -388,6 +464,7 @@ def _whole(value: Value) -> int:
 KINDS: dict[str, Callable[[Given, int, str], list[Row]]] = {
     "trial": _trial,
     "transfer": _transfer,
+    "streams": _streams,
     "amplitude": _amplitude,
     "salience": _salience,
     "gradient": _gradient,

@@ -205,7 +205,7 @@ def draw(claim: Claim, outcomes: pd.DataFrame) -> Figure | None:
     outcomes = outcomes.dropna(subset=[plot.x, plot.y])
     if not len(outcomes):
         return None
-    outcomes = at_best_rate(outcomes, plot.y, *dict.fromkeys((plot.x, plot.hue)))
+    outcomes = at_best_rate(outcomes, plot.y, *dict.fromkeys((plot.hue,) if plot.one_training else (plot.x, plot.hue)))
     hues = list(dict.fromkeys(outcomes[plot.hue]))
     colours = style.wide_palette([str(hue) for hue in hues])
     with style.styled():

@@ -165,11 +165,20 @@ TWINS = np.array([[255, 160, 160], [160, 190, 255]])
 def colour_binding(entropy: Bytes, *, clip_length: int) -> Scene:
     """A red disc moves to the right while a blue one moves to the left; the other class is the clip backwards.
 
-    Both classes show both colours and both motions: what tells them apart is which colour has which.
+    Both classes show both colours and both motions: what tells them apart is which colour has which. Where the discs
+    meet, either may be in front, lest the class be read from which way the one in front moves.
     """
     drawn = entropy[:, : 2 * MOVING_BYTES].astype(np.int64)
-    frames = _moving(_noise(entropy, clip_length), drawn[:, MOVING_BYTES:], "disc", way=-1, colour=TWINS[1])
-    frames = _moving(frames, drawn[:, :MOVING_BYTES], "disc", colour=TWINS[0])
+
+    def with_red(frames: Bytes) -> Bytes:
+        return _moving(frames, drawn[:, :MOVING_BYTES], "disc", colour=TWINS[0])
+
+    def with_blue(frames: Bytes) -> Bytes:
+        return _moving(frames, drawn[:, MOVING_BYTES:], "disc", way=-1, colour=TWINS[1])
+
+    noise = _noise(entropy, clip_length)
+    red_in_front = entropy[:, 2 * MOVING_BYTES, None, None, None, None] < 128
+    frames = np.where(red_in_front, with_red(with_blue(noise)), with_blue(with_red(noise)))
     return frames, _forwards_and_back(len(entropy), clip_length)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from vidbench import results
 from vidbench.engine.local import LocalEngine
@@ -219,12 +219,6 @@ def runs(
                 done += 1
             progress(Progress(done, total, step.point, step.round, step.measurement, step.node))
     return [results.load(folder / kind.folder) for kind in kinds]
-
-
-def run(suite: str, **options: Any) -> results.Run:
-    """Carries out a sweep on this machine and returns its run; the options are those of `runs`, but `engine`."""
-    (done,) = runs(suite, engine="local", **options)
-    return done
 
 
 def _engine(name: str, terms: Terms, tell: Callable[[str], None]) -> Engine:

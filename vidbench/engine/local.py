@@ -120,7 +120,7 @@ class LocalEngine:
         """The measurement of one point, step by step.
 
         In turn with others it yields first when samples can be taken; then each `send(True)` takes one and yields the
-        seconds that the turn took, and `send(False)` ends it. What it returns in the end is the measurement; see `in_turn`.
+        seconds that the turn took, and `send(False)` ends it. What it returns is the measurement; see `in_turn`.
         """
         started = time.perf_counter()
         worker = self._ready()
@@ -134,7 +134,9 @@ class LocalEngine:
             worker.log.truncate()  # its last words are to be about this point
             if _is_talking(worker.connection):
                 return self._refuse(worker, point, round, started, "it answered before it was asked")
-            protocol.send(worker.connection, protocol.Task(point, round, seconds, video, in_turn, self._costs.of(point)))
+            protocol.send(
+                worker.connection, protocol.Task(point, round, seconds, video, in_turn, self._costs.of(point))
+            )
             answer: Any = self._answer(worker, answers, self.timeout_s)
             more = in_turn
             while isinstance(answer, str | float):
