@@ -154,7 +154,7 @@ def record(out: Path, rounds: int, seconds: float) -> None:
     sweeps = [Sweep(one.workload, one.kind, fixed=one.case) for one in points]
     bar = Bar(sys.stderr)
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(LocalEngine(timeout_s=600)) for name in SIDES}
+        engines = {name: stack.enter_context(LocalEngine(timeout_s=600, takes_turns=True)) for name in SIDES}
         environment, _ = engines["head"].describe(*devices(points), {one.workload: one.kind for one in points})
         sides = {}
         for name in SIDES:

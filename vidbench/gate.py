@@ -110,11 +110,17 @@ def gate(
         theirs = points_of(source, suite, axes or {})
         points = ours | theirs
         device, dtypes = devices(points.values())
-        of_base = {"source": source, "python": environment_of(source, out)}
+        python = environment_of(source, out)
         engines = {
-            "base": stack.enter_context(LocalEngine(timeout_s=timeout_s, **of_base)),
-            "head": stack.enter_context(LocalEngine(timeout_s=timeout_s)),
-            "again": stack.enter_context(LocalEngine(timeout_s=timeout_s, **of_base)),
+            name: stack.enter_context(
+                LocalEngine(
+                    timeout_s=timeout_s,
+                    source=None if name == "head" else source,
+                    python=None if name == "head" else python,
+                    takes_turns=True,
+                )
+            )
+            for name in SIDES
         }
         described, _ = engines["head"].describe(device, dtypes, {point.workload: point.kind for point in ours.values()})
         before, _ = engines["base"].describe(device, dtypes, {})

@@ -215,8 +215,8 @@ SHORTEST_IN_TURN_S = 5e-3
 def be_still(patience_s: float = 0.1) -> None:
     """Waits until this process uses no processor any more.
 
-    OpenMP's threads go on spinning for about ten milliseconds after a parallel region, in case another one comes. They
-    would take a core from whoever measures next.
+    OpenMP's threads go on spinning for a while after a parallel region, in case another one comes: by themselves for
+    about ten milliseconds. They would take a core from whoever measures next.
     """
     deadline = time.perf_counter() + patience_s
     while time.perf_counter() < deadline:
@@ -228,7 +228,7 @@ def be_still(patience_s: float = 0.1) -> None:
 
 STILL_S = 1e-3
 
-AWAKE_S = 1e-2
+AWAKE_S = 5e-3
 """A processor that slept takes milliseconds until it is at speed and has its threads on cores of their own."""
 
 STEPS_PER_SAMPLE = 200

@@ -114,7 +114,7 @@ def test_a_worker_is_ready_when_nothing_but_samples_is_left(monkeypatch: pytest.
         yield from [None] * 2
 
     timing.sample_in_turn(call, timing.Timer("cpu", "hot"), Budget(), turns=turns(), taken=lambda _: log.append("over"))
-    assert log == ["call", "ready", *["call", "call", "call", "over"] * 2]  # two are 12 ms, to be awake
+    assert log == ["call", "ready", *["call", "call", "over"] * 2]  # one is 6 ms, to be awake
 
 
 def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:
@@ -126,6 +126,15 @@ def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:
     assert {measured.status for measured in (*found.values(), alone)} == {"ok"}
     assert len(found["one"].samples_s) == len(found["other"].samples_s) >= local.LEAST_TURNS
     assert all(measured.error is not None and measured.counts is not None for measured in found.values())
+
+
+def test_who_takes_turns_does_not_spin_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert "GOMP_SPINCOUNT" not in LocalEngine(timeout_s=1)._environ
+    assert LocalEngine(timeout_s=1, takes_turns=True)._environ["GOMP_SPINCOUNT"] == local.SPIN_COUNT
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # what a user has chosen stays
+    assert "GOMP_SPINCOUNT" not in LocalEngine(timeout_s=1, takes_turns=True)._environ
 
 
 def test_a_worker_that_dies_before_its_turn_costs_its_own_point_alone(monkeypatch: pytest.MonkeyPatch) -> None:

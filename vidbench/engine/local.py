@@ -28,6 +28,10 @@ START_TIMEOUT_S = 300.0
 GRACE_S = 10.0
 """For a worker that hung up to end by itself."""
 
+SPIN_COUNT = "30000"
+"""For about a millisecond OpenMP's threads (GNU's) go on spinning when there is no more to do: ten times longer than
+from one operator to the next, and a tenth of what they do by themselves."""
+
 REASON_CHARACTERS = 300
 LOG_BYTES = 2**16
 
@@ -51,14 +55,24 @@ class LocalEngine:
         timeout_s: A point that takes longer is given up, with its worker.
         source: A checkout whose vidkernels and models are measured, instead of those installed.
         python: The interpreter of the workers, of an environment with this harness; this one where not given.
+        takes_turns: Whether the workers take samples in turn with others', and are to be out of their way soon.
     """
 
-    def __init__(self, *, timeout_s: float, source: Path | None = None, python: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        source: Path | None = None,
+        python: Path | None = None,
+        takes_turns: bool = False,
+    ) -> None:
         self.timeout_s = timeout_s
         self._python = str(python or sys.executable)
         self._environ = dict(os.environ)
         if source is not None:
             self._environ[protocol.SOURCE] = str(source)
+        if takes_turns and "OMP_WAIT_POLICY" not in self._environ:
+            self._environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
         self._server: subprocess.Popen[bytes] | None = None
         self._worker: _Worker | None = None
         self._costs = KnownCosts()
