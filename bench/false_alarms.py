@@ -261,7 +261,9 @@ def judged(noises: Sequence[Simulated | Recorded], out: Path, sweeps: int, power
             found[noise.name] = {"of": of}
         entry = found[noise.name]
         if isinstance(noise, Recorded):
-            entry["seconds_per_round"] = noise.seconds_per_round()
+            entry["deviations"] = noise.deviations()
+            if not math.isnan(took := noise.seconds_per_round()):
+                entry["seconds_per_round"] = took
         for name, part, total in (("alarms", alarms, sweeps), ("finds", finds, power_sweeps)):
             if entry.get(name, {}).get("sweeps") != total:
                 counts = _counted(partial(part, noise), total, f"{noise.name}, {name}")
@@ -310,10 +312,14 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
         low, high = wilson(entry["alarms"]["counts"][gates[-1]], entry["alarms"]["sweeps"])
         yield f"\n**{name}**: {entry['of']['meaning']}."
         yield f"False alarms of the gate between {low:.2%} and {high:.2%} (95 %)."
-        if "seconds_per_round" in entry:
+        if "deviations" in entry:
+            least, *_, most = entry["deviations"]
+            yield f"A round's change has a robust deviation of {least:.1%} to {most:.1%}, by point."
+            if "seconds_per_round" in entry:
+                yield f"A round of all points took {entry['seconds_per_round']:.1f} s."
             yield (
-                f"A round of all recorded points took {entry['seconds_per_round']:.1f} s. Sweeps are dealt from the "
-                "rounds that there are, so the interval is that of the dealing, not of other days of the machine."
+                "Sweeps are dealt from the rounds that there are: the interval is that of the dealing, not of other "
+                "days of the machine."
             )
         yield f"\n| slowdown found by {GATE} | " + " | ".join(f"{look} rounds" for look in LOOKS) + " |"
         yield "|---|" + "---|" * len(LOOKS)

@@ -91,8 +91,15 @@ class Recorded:
         return chosen
 
     def seconds_per_round(self) -> float:
-        """What one round of all recorded points and sides took, checks included: the median."""
+        """What a round of all recorded points and sides took, checks included: the median; NaN where it is not told."""
         return self._recording()[1]
+
+    def deviations(self) -> list[float]:
+        """Of each point, the robust standard deviation of a round's change, as a share; smallest first."""
+        base, head, again = np.log(self._recording()[0])
+        changes = np.nanmedian(head - (base + again) / 2, axis=2)
+        off = np.abs(changes - np.median(changes, axis=1, keepdims=True))
+        return sorted((np.median(off, axis=1) / 0.6745).tolist())
 
     def _recording(self) -> tuple[Numbers, float]:
         if self.folder not in _RECORDINGS:
@@ -116,7 +123,8 @@ def _read(folder: Path) -> tuple[Numbers, float]:
     for which, point, number in np.ndindex(seconds.shape[:3]):
         samples = by[SIDES[which], points[point], rounds[number]]
         seconds[which, point, number, : len(samples)] = samples
-    return seconds, float(frame.groupby("round")["round_s"].first().median())
+    took = frame.groupby("round")["round_s"].first().median() if "round_s" in frame else math.nan
+    return seconds, float(took)
 
 
 MACHINES = (

@@ -58,6 +58,7 @@ def test_what_was_recorded_is_dealt_whole(tmp_path: Path) -> None:
     pd.DataFrame(rows).to_parquet(tmp_path / noise.RECORDING)
     taken = noise.Recorded(tmp_path)
     assert taken.seconds_per_round() == pytest.approx(0.5)
+    assert taken.deviations() == pytest.approx([0.0, 0.0], abs=0.02)  # 0.1 of 100 and more, and of few
     seconds = taken.draw(np.random.default_rng(1), 5)
     assert seconds.shape == (3, 5, 30, noise.SAMPLES)
     assert np.isnan(seconds).sum() == (0 + 1 + 2) * 5 * 30  # what a process has not taken is not made up
