@@ -235,7 +235,7 @@ def test_against_baselines_a_run_of_one_round_is_judged_as_a_run() -> None:
 def test_one_round_decides_nothing_and_alone_exits_0() -> None:
     found = compare(run_of(rounds_of(point(), [1.0])), run_of(rounds_of(point(), [3.0])))
     assert found.points[0].verdict == "UNDECIDED"
-    assert found.points[0].reason.startswith("one round: the noise between processes is unknown")
+    assert found.points[0].reason.startswith("one round tells nothing of the noise between processes")
     assert found.exit_code == 0
     assert headline(found).startswith("UNDECIDED: 1 of 1 points")
 

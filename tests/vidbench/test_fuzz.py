@@ -217,7 +217,7 @@ def shell(tmp_path: Path, good: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         raise Begun("work would begin")
 
     monkeypatch.setattr(LocalEngine, "_ready", begin)
-    monkeypatch.setattr(gate, "_checkout", begin)
+    monkeypatch.setattr(gate, "checkout", begin)
     monkeypatch.setattr(trials, "trial", begin)
     monkeypatch.setattr(investigate, "investigate", begin)
     monkeypatch.setattr(weigh, "tune_machine", begin)

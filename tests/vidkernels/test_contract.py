@@ -73,6 +73,8 @@ def _assert_agrees(op: Op, name: str, case: Case, inputs: Inputs) -> None:
     errors = compare(op, run(op[name].fn, inputs, gradients=case.training), want)
     if name == "library":
         # The yardstick: its own rounding passes, but it must be the same function.
+        if not errors.output <= 2 * op.tolerances[case.dtype].forward and (why := _wrong_in_torch(op, case, inputs)):
+            pytest.xfail(why)
         assert errors.output <= 2 * op.tolerances[case.dtype].forward
         assert not errors.failures(replace(op, tolerances={case.dtype: _TWICE}), case, errors)
         if case.dtype in ("fp16", "bf16"):
@@ -82,6 +84,15 @@ def _assert_agrees(op: Op, name: str, case: Case, inputs: Inputs) -> None:
     if case.dtype in ("fp64", "fp32"):
         # So few elements that none of them lies close enough to a ReLU's kink to change sides.
         assert not errors.failures(replace(op, tolerances=TOLERANCES), case, library)
+
+
+def _wrong_in_torch(op: Op, case: Any, inputs: Inputs) -> str:
+    """Why torch itself is known to be wrong here; empty where it is not."""
+    if op.name == "conv3d" and case.dtype == "bf16" and inputs.args[0].device.type == "cpu":
+        one_frame = case.clip_length == 1 and case.kernel_size[0] > 1 and case.in_channels < 16
+        if one_frame and torch.cpu._is_amx_tile_supported():
+            return "oneDNN 3.12 leaves the output unwritten on processors with AMX (as in pytorch issue 169688)"
+    return ""
 
 
 _TWICE = replace(TOLERANCES["bf16"], forward=1e-2, weight_gradient=0.2, input_gradient=0.2)

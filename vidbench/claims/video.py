@@ -165,8 +165,8 @@ def flow_is_short_term(size: Size) -> Claim:
         "construction. What is tested is that flow tells the near order, and that the distant one can be read: by "
         "C3D, which sees the whole clip. So it is the windows of flow, and their average, that are short.",
         experiments=(
-            *experiments("trial", size, (TEMPORAL,), 350, task=near),
-            *experiments("trial", size, (TEMPORAL, "c3d"), 350, task=far),
+            *experiments("trial", size, (TEMPORAL,), 300, task=near),
+            *experiments("trial", size, (TEMPORAL, "c3d"), 300, task=far),
         ),
         predictions=(
             Prediction(
