@@ -326,7 +326,8 @@ def _until_decided(
     What one side alone has is measured there in the first round, to see that it runs at all.
     """
     compared = [point for point in points if point.key in sides["again"].wanted]
-    broken = {one.point.key for name in ("base", "head") for one in _measured(out / name) if one.status != "ok"}
+    before = (one for name in ("base", "head") for one in results.load(out / name).measurements)
+    broken = {one.point.key for one in before if one.status != "ok"}
     number, found = 0, Comparison((), ())
     open_points = list(points)
 
@@ -344,7 +345,7 @@ def _until_decided(
         target = next((rounds for rounds in LOOKS if rounds > number), number)
         if target == number or len(journal.looks) == len(LOOKS):
             return found, number, "the last look was taken"
-        before = number
+        looked = number
         while number < target:
             works = sum(
                 (point.key, number + 1) not in side.writer.done and point.key in side.wanted
@@ -361,7 +362,7 @@ def _until_decided(
             broken |= {one.point.key for name, one in taken if name != "again" and one.status != "ok"}
             # What did not run is MISSING whatever follows, and a point that hangs costs its timeout each time.
             open_points = [point for point in open_points if point in compared and point.key not in broken]
-        if number > before:
+        if number > looked:
             journal.look(number)
             open_points = look()
         if number < target:
@@ -370,7 +371,3 @@ def _until_decided(
 
 
 DECIDED = "every point is decided"
-
-
-def _measured(folder: Path) -> list[Measurement]:
-    return list(results.load(folder).measurements)

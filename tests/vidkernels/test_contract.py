@@ -91,7 +91,7 @@ def _wrong_in_torch(op: Op, case: Any, inputs: Inputs) -> str:
     if op.name == "conv3d" and case.dtype == "bf16" and inputs.args[0].device.type == "cpu":
         one_frame = case.clip_length == 1 and case.kernel_size[0] > 1 and case.in_channels < 16
         if one_frame and torch.cpu._is_amx_tile_supported():
-            return "oneDNN 3.12 leaves the output unwritten on processors with AMX (as in pytorch issue 169688)"
+            return "oneDNN 3.12 leaves the output unwritten on processors with AMX (pytorch#169688 is of its kind)"
     return ""
 
 

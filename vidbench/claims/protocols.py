@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vidbench.claims import Experiment, Prediction, at_best_rate, per_seed
+from vidbench.claims import Experiment, Plot, Prediction, at_best_rate, per_seed
 from vidbench.sweep import Value
 
 if TYPE_CHECKING:
@@ -162,6 +162,11 @@ def threshold(table: pd.DataFrame, model: str) -> pd.Series:
 
 
 AMPLITUDE_STEPS = 480
+
+AMPLITUDE_PLOT = Plot(
+    "amplitude", "top1", "model", "motion in all, pixels", "top-1 accuracy", log_x=True, percent=True, level=0.5,
+    one_training=True,
+)  # fmt: skip
 
 
 def coarser(says: str, one: str, other: str) -> Prediction:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vidbench.claims import Claim, Experiment, Plot, Prediction, per_seed
 from vidbench.claims.protocols import (
+    AMPLITUDE_PLOT,
     AMPLITUDE_STEPS,
     BIASED,
     CLEARLY,
@@ -358,17 +359,7 @@ def lstm_misses_subtle(size: Size) -> Claim:
         "largest motion alone. Each is taken at the better of two learning rates.",
         experiments=experiments("amplitude", size, tuple(names), AMPLITUDE_STEPS, rates=TWO_RATES, pattern="disc"),
         predictions=(coarser("an LSTM needs larger motions than a TCN", *names),),
-        plot=Plot(
-            "amplitude",
-            "top1",
-            "model",
-            "motion in all, pixels",
-            "top-1 accuracy",
-            log_x=True,
-            percent=True,
-            level=0.5,
-            one_training=True,
-        ),
+        plot=AMPLITUDE_PLOT,
         controls=tuple(
             reaches(f"{words} tells the largest motion", 80, model=name, amplitude=48.0)
             for name, words in names.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vidbench.claims import Claim, Plot, Prediction, per_seed
 from vidbench.claims.protocols import (
+    AMPLITUDE_PLOT,
     AMPLITUDE_STEPS,
     BOTH,
     CLEARLY,
@@ -136,17 +137,7 @@ def rigid_kernels(size: Size) -> Claim:
         "The first half of the training shows the largest motion alone.",
         experiments=experiments("amplitude", size, tuple(names), AMPLITUDE_STEPS, pattern="texture"),
         predictions=(coarser("C3D needs larger motions with the 3×3×3 kernel", "c3d", LONG_KERNEL),),
-        plot=Plot(
-            "amplitude",
-            "top1",
-            "model",
-            "motion in all, pixels",
-            "top-1 accuracy",
-            log_x=True,
-            percent=True,
-            level=0.5,
-            one_training=True,
-        ),
+        plot=AMPLITUDE_PLOT,
         controls=tuple(
             reaches(f"{words} tells the largest motion", 85, model=name, amplitude=8.0) for name, words in names.items()
         ),
