@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -14,6 +15,7 @@ import torch
 
 from vidbench.environment import cache_bytes
 from vidbench.metrics import median_rank
+from vidbench.threads import OwnProcessors, be_still
 
 
 @dataclass(frozen=True)
@@ -189,14 +191,21 @@ def sample_in_turn(
     calls = calls_per_sample(call, timer, budget)
     device: list[float] = []
     host: list[float] = []
-    if not timer.cuda:
-        be_still()
-    for _ in turns:
+
+    def awaken() -> None:
         began = time.perf_counter()
         if not timer.cold:
             timer(call)  # the caches were the others'
         while not timer.cuda and time.perf_counter() - began < AWAKE_S:
             timer(call)
+
+    places = contextlib.nullcontext() if timer.cuda else OwnProcessors(awaken)
+    if not timer.cuda:
+        be_still()
+    for _ in turns:
+        began = time.perf_counter()
+        with places:
+            awaken()
         seconds, on_host = timer(call, calls)
         device.append(seconds)
         host.append(on_host)
@@ -211,22 +220,6 @@ def sample_in_turn(
 SHORTEST_IN_TURN_S = 5e-3
 """On a CPU a turn costs some milliseconds besides its sample, which is therefore not much shorter."""
 
-
-def be_still(patience_s: float = 0.1) -> None:
-    """Waits until this process uses no processor any more.
-
-    OpenMP's threads go on spinning for a while after a parallel region, in case another one comes: by themselves for
-    about ten milliseconds. They would take a core from whoever measures next.
-    """
-    deadline = time.perf_counter() + patience_s
-    while time.perf_counter() < deadline:
-        wall, used = time.perf_counter(), time.process_time()
-        time.sleep(STILL_S)
-        if time.process_time() - used < 0.2 * (time.perf_counter() - wall):
-            break
-
-
-STILL_S = 1e-3
 
 AWAKE_S = 5e-3
 """A processor that slept takes milliseconds until it is at speed and has its threads on cores of their own."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vidbench import gate, timing
+from vidbench import gate, threads, timing
 from vidbench.engine import local
 from vidbench.engine.local import LocalEngine, Work, in_turn
 from vidbench.gate import Side, take_round
@@ -77,20 +77,24 @@ class Spinning:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
+    def clock_gettime(self, _: int) -> float:
+        return self.process_time()
+
 
 @pytest.mark.parametrize(("until", "waited"), [(0.0, 0.0), (0.012, 0.012), (9.0, 0.1)])
 def test_a_turn_is_over_when_its_threads_no_longer_spin(
     monkeypatch: pytest.MonkeyPatch, until: float, waited: float
 ) -> None:
     clock = Spinning(until)
-    monkeypatch.setattr(timing, "time", clock)
-    timing.be_still(patience_s=0.1)
-    assert clock.now == pytest.approx(waited, abs=2 * timing.STILL_S)
+    monkeypatch.setattr(threads, "time", clock)
+    threads.be_still(patience_s=0.1)
+    assert clock.now == pytest.approx(waited, abs=2 * threads.STILL_S)
 
 
 def test_short_calls_are_timed_several_at_a_time_and_a_turn_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Spinning(until=0.0)
-    monkeypatch.setattr(timing, "time", clock)
+    for module in (timing, threads):
+        monkeypatch.setattr(module, "time", clock)
     told: list[float] = []
     samples = timing.sample_in_turn(
         lambda: clock.sleep(1e-3), timing.Timer("cpu", "hot"), Budget(), turns=iter([None] * 6), taken=told.append
@@ -98,12 +102,13 @@ def test_short_calls_are_timed_several_at_a_time_and_a_turn_is_told_whole(monkey
     assert samples.calls_per_sample == 5
     assert samples.device_s == pytest.approx([1e-3] * 6)
     a_sample = 5e-3
-    assert told == pytest.approx([timing.AWAKE_S + a_sample + timing.STILL_S] * 6, abs=1e-3)
+    assert told == pytest.approx([timing.AWAKE_S + a_sample + threads.STILL_S] * 6, abs=1e-3)
 
 
 def test_a_worker_is_ready_when_nothing_but_samples_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, log = Spinning(until=0.0), []
-    monkeypatch.setattr(timing, "time", clock)
+    for module in (timing, threads):
+        monkeypatch.setattr(module, "time", clock)
 
     def call() -> None:
         log.append("call")
@@ -114,7 +119,8 @@ def test_a_worker_is_ready_when_nothing_but_samples_is_left(monkeypatch: pytest.
         yield from [None] * 2
 
     timing.sample_in_turn(call, timing.Timer("cpu", "hot"), Budget(), turns=turns(), taken=lambda _: log.append("over"))
-    assert log == ["call", "ready", *["call", "call", "over"] * 2]  # one is 6 ms, to be awake
+    # How long it is, and who computes; then one to be awake, of 6 ms, and one that is timed.
+    assert log == ["call", "call", "ready", *["call", "call", "over"] * 2]
 
 
 def test_real_workers_take_as_many_samples_and_are_checked_as_ever() -> None:
