@@ -1,8 +1,12 @@
-"""Sizes that the models share: scaled channel counts, frame sizes, and the check of a clip against them."""
+"""Sizes and layouts that the models share: scaled channel counts, frame sizes, where the channels of filters lie."""
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Memory formats by number of axes."""
 
 FrameSize = int | tuple[int, int]
 """Pixels of a square frame, or (H, W)."""
@@ -16,6 +20,13 @@ def scaled(channels: int, width_multiplier: float) -> int:
 def height_width(size: FrameSize) -> tuple[int, int]:
     """(H, W) of a frame size."""
     return (size, size) if isinstance(size, int) else size
+
+
+def channels_last_filters(model: nn.Module) -> None:
+    """Puts the channels of all filters innermost; convolutions then choose that layout for their outputs too."""
+    for parameter in model.parameters():
+        if parameter.dim() in CHANNELS_LAST:
+            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
 
 
 def expect_clip(rgb: Tensor, clip_length: int, frame: tuple[int, int]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vidbench import counting, models
+from vidbench.models.sizes import CHANNELS_LAST, channels_last_filters
 from vidbench.records import Cost, Error
 from vidbench.sweep import Point, RequestError
 from vidbench.workload.base import CHECK_SEED, ORACLE, TIMED_SEED, CheckFailed, Unfit, Workload, streamer
@@ -22,8 +23,6 @@ MODEL_GATES = {"fp64": 1e-10, "fp32": 2e-5, "tf32": 1e-2, "fp16": 1e-2, "bf16": 
 
 BATCH_STATISTICS_FACTOR = 10
 """In training, normalising by the statistics of a few values multiplies rounding errors."""
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 MODEL_CASE = ("clip_length", "batch_size", "height", "width", "width_multiplier", "num_classes", "input_features",
               "hidden_size", "video")  # fmt: skip
@@ -53,9 +52,7 @@ class ModelWorkload(Workload):
             raise Unfit(f"{point.workload} has no streaming step")
         self.model = model.to(self.device, self.dtype).train(point.mode == "train")
         if point.memory_format == "channels_last":
-            for parameter in self.model.parameters():
-                if parameter.dim() in CHANNELS_LAST:
-                    parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
+            channels_last_filters(self.model)
         self.running = self._accelerated() if point.implementation == "accelerated" else self.model
         self.eager = self._entry(self.model)
         self.call = self._entry(self.running)
