@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+"""Python blocks of all run before console blocks of any: a block may write what a later one needs."""
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -32,16 +33,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
-@pytest.mark.parametrize("body", blocks("console"))
-def test_console(body: str, workplace: Path) -> None:
-    for line in body.splitlines():
-        if not line.startswith("$ vidbench "):
-            continue
-        command = [sys.executable, "-m", "vidbench.cli", *shlex.split(line, comments=True)[2:]]
-        ended = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, f"{line}\n{ended.stderr}"
-
-
 @pytest.mark.parametrize("body", blocks("python"))
 def test_python(body: str, workplace: Path) -> None:
     (workplace / "example.py").write_text(body)
@@ -49,6 +40,16 @@ def test_python(body: str, workplace: Path) -> None:
         [sys.executable, "example.py"], cwd=workplace, capture_output=True, text=True, check=False, env=os.environ
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("body", blocks("console"))
+def test_console(body: str, workplace: Path) -> None:
+    for line in body.replace("\\\n", " ").splitlines():
+        if not line.startswith("$ vidbench "):
+            continue
+        command = [sys.executable, "-m", "vidbench.cli", *shlex.split(line, comments=True)[2:]]
+        ended = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, f"{line}\n{ended.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

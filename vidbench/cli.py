@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import vidbench
-from vidbench import cli_claims, cli_compare, cli_training
+from vidbench import cli_claims, cli_compare, cli_inspect, cli_training
 from vidbench.progress import Bar
 from vidbench.sweep import AXES, RequestError, Value, parse_axes
 
@@ -104,6 +104,7 @@ def sweep(
     engine: Annotated[
         EngineName, typer.Option(help="local: this machine; ray: the nodes of the running Ray cluster.")
     ] = EngineName.local,
+    format: Annotated[Format, typer.Option(help="text or json: of the last lines, which name the run.")] = Format.text,
 ) -> None:
     """Measure a suite: check, time, count, and write a run folder."""
     from vidbench.engine import new_folder, runs
@@ -135,6 +136,10 @@ def sweep(
         raise typer.Exit(130) from None
     finally:
         show.close()
+    if format is Format.json:
+        found = [(run, Counter(one.status for one in run.measurements)) for run in done]
+        typer.echo(json.dumps([{"run": str(run.folder), "id": run.id, **counts} for run, counts in found], indent=2))
+        return
     for run in done:
         counts = Counter(measurement.status for measurement in run.measurements)
         typer.echo(f"{run.folder}: {', '.join(f'{number} {status}' for status, number in counts.items())}")
@@ -250,6 +255,8 @@ app.command()(cli_training.train)
 app.command()(cli_training.evaluate)
 app.command()(cli_training.pick)
 app.command()(cli_claims.claims)
+app.command()(cli_inspect.doctor)
+app.command()(cli_inspect.profile)
 app.command()(cli_compare.compare)
 app.command()(cli_compare.gate)
 app.command()(cli_compare.history)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import shlex
 import sys
 from enum import StrEnum
@@ -28,8 +29,8 @@ class ComparisonFormat(StrEnum):
     junit = "junit"
 
 
-class HistoryFormat(StrEnum):
-    """How a history is printed."""
+class ListFormat(StrEnum):
+    """How a history, or a list, is printed."""
 
     text = "text"
     json = "json"
@@ -117,7 +118,7 @@ def history(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Every run below it is read.")],
     point: Annotated[str, typer.Option(metavar="TEXT", help="Only the points that have this in their key.")] = "",
     out: Annotated[Path | None, typer.Option(help="Folder for history.csv, history.svg and history.png.")] = None,
-    output: Annotated[HistoryFormat, typer.Option("--format", help="text or json.")] = HistoryFormat.text,
+    output: Annotated[ListFormat, typer.Option("--format", help="text or json.")] = ListFormat.text,
 ) -> None:
     """Say where points became slower or faster over many runs, and what else changed there."""
     from vidbench.changes import changes
@@ -171,11 +172,23 @@ def save(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run.")], roo
 
 
 @baseline.command("list")
-def list_(root: Root = DEFAULT_ROOT) -> None:
+def list_(
+    root: Root = DEFAULT_ROOT,
+    output: Annotated[ListFormat, typer.Option("--format", help="text or json.")] = ListFormat.text,
+) -> None:
     """List the baselines: machine, suite, when, revision, points."""
     from vidbench import baselines
 
-    for run in baselines.stored(root):
+    found = baselines.stored(root)
+    if output is ListFormat.json:
+        rows = [
+            {"folder": str(run.folder), "suite": run.suite, "machine": run.environment.machine,
+             "created_utc": run.created_utc, "git_commit": run.environment.git_commit}
+            for run in found
+        ]  # fmt: skip
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for run in found:
         commit = (run.environment.git_commit or "?")[:12]
         points = len({one.point.key for one in run.measurements})
         typer.echo(f"{run.folder}  {run.suite}  {run.created_utc}  {commit}  {points} points")

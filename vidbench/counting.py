@@ -206,7 +206,7 @@ def _conv_backward(*shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return counted(of_input, False, False) + counted(False, of_weight, False) // int(groups)
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def formulas() -> dict[Any, Callable[..., int]]:
     """torch's table, with what people have registered for operators of their own, and our correction."""
     return {**flop_registry, torch.ops.aten.convolution_backward: shape_wrapper(_conv_backward)}
 
@@ -219,7 +219,7 @@ class _MetaCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops, self.formulas = 0, _formulas()
+        self.flops, self.formulas = 0, formulas()
         self.unknown: dict[str, None] = {}
 
     def __torch_dispatch__(

@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,18 @@ ENERGY_TICKS = 5
 
 SETTLING_S = 0.3
 """Power falls for some tenths of a second after work has ended."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a GPU is set up; None where it does not tell."""
+
+    power_limit_w: float | None = None
+    default_power_limit_w: float | None = None
+    persistent: bool | None = None
+    """Whether the driver stays loaded between processes."""
+    sliced: bool = False
+    """Whether it is a part of a GPU (MIG)."""
 
 
 class Watch:
@@ -113,6 +126,20 @@ class Watch:
             temperature_c=max(self._temperatures, default=None),
             clock_limits=self._limits,
             other_processes=max(self._others, default=None),
+        )
+
+    def settings(self) -> Settings:
+        """How the GPU is set up."""
+        limit, default = (
+            None if (milliwatts := self._ask(name)) is None else milliwatts * 1e-3
+            for name in ("nvmlDeviceGetPowerManagementLimit", "nvmlDeviceGetPowerManagementDefaultLimit")
+        )
+        persistent = self._ask("nvmlDeviceGetPersistenceMode")
+        return Settings(
+            limit,
+            default,
+            persistent=None if persistent is None else bool(persistent),
+            sliced=bool(self._ask("nvmlDeviceIsMigDeviceHandle")),
         )
 
     def energy(self, work: Callable[[], object], calls: int) -> float | None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -84,6 +85,12 @@ class Run:
         from vidbench.metrics import frame
 
         return frame(self.measurements, run_id=self.id, suite=self.suite)
+
+    def _repr_html_(self) -> str:
+        """For a notebook: what it is, and its rows without what is empty."""
+        head = escape(f"{self.suite}, {self.environment.machine}, {self.created_utc} ({self.folder})")
+        rows = self.frame().drop(columns=["run_id", "suite", "point"]).dropna(axis="columns", how="all")
+        return f"<p><b>{head}</b></p>{rows.to_html(max_rows=20, index=False, na_rep='–')}"
 
 
 @dataclass(frozen=True)

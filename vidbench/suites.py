@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from vidbench.models import MODELS, spec_of
-from vidbench.sweep import AXES, POINT_AXES, RequestError, Sweep, Value, unknown
+from vidbench.sweep import AXES, POINT_AXES, Kind, Point, RequestError, Sweep, Value, unknown
 
 Axes = Mapping[str, tuple[Value, ...]]
 
@@ -274,3 +274,54 @@ def _with_video(suite: str, sweeps: tuple[Sweep, ...], video: str) -> tuple[Swee
     models = [replace(sweep, fixed={**sweep.fixed, "video": video}) for sweep in fed]
     rest = [sweep for sweep in sweeps if sweep not in fed]
     return (*before, *models, *rest)
+
+
+STAGES = ("decode", "resize_normalise", "optical_flow")
+
+
+def point_named(text: str, axes: Axes) -> Point:
+    """One point, by its key (as a report has it), or by a workload's name and one value for each axis that matters.
+
+    Args:
+        text: conv3d/library/forward/hot/cpu/fp32/contiguous/clip_length=8,…; or conv3d, or package.module:factory.
+        axes: Values in place of the key's or the default ones.
+
+    Raises:
+        RequestError: No such workload, a key that is none, or several values of an axis.
+    """
+    for name, values in axes.items():
+        if len(values) != 1:
+            raise RequestError(f"{name}={','.join(map(str, values))}: one point has one value of each axis; give one")
+    workload, *fields = text.split("/")
+    if not fields:
+        return next(_sweep_of(workload).override(axes).points())
+    if len(fields) != len(POINT_AXES) + 1:
+        raise RequestError(
+            f"{text!r} is no point's key: wanted workload/{'/'.join(POINT_AXES)}/name=value,…, as a report has it"
+        )
+    fixed: dict[str, Value] = {name: AXES[name].parse(value) for name, value in zip(POINT_AXES, fields, strict=False)}
+    for pair in filter(None, fields[-1].split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RequestError(f"{pair!r} in the key {text!r} is not name=value")
+        fixed[name] = AXES[name].parse(value) if name in AXES else value
+    return next(Sweep(workload, _kind_of(workload), fixed=fixed).override(axes).points())
+
+
+def _kind_of(workload: str) -> Kind:
+    if workload in OP_AXES:
+        return "op"
+    if workload in STAGES:
+        return "stage"
+    spec_of(workload)
+    return "model"
+
+
+def _sweep_of(workload: str) -> Sweep:
+    """A workload at its default sizes."""
+    kind = _kind_of(workload)
+    if kind == "op":
+        return Sweep(workload, fixed={"implementation": "library"})
+    if kind == "stage":
+        raise RequestError(f"{workload!r} is a stage of the pipeline: give its whole key, as a report has it")
+    return model_sweep(workload)

@@ -401,6 +401,14 @@ def test_closing_frees_the_run_whatever_a_child_holds(tmp_path: Path) -> None:
     os.close(copy)
 
 
+def test_a_notebook_shows_a_run_as_a_table_and_its_names_as_text(tmp_path: Path) -> None:
+    run = replace(load(written(tmp_path)), suite="<script>x</script>")
+    shown = run._repr_html_()
+    assert "<script>" not in shown
+    assert "latency_s" in shown
+    assert "NaN" not in shown
+
+
 def test_a_full_disk_leaves_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     with create(tmp_path / "run") as writer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from vidbench.sweep import RequestError
 if TYPE_CHECKING:
     from vidbench.results import Run
 
-__all__ = ["report"]
+__all__ = ["profile_folder", "report"]
 
 
 def report(runs: Sequence[Run], out: str | os.PathLike[str], *, title: str | None = None) -> Path:
@@ -64,7 +66,27 @@ def report(runs: Sequence[Run], out: str | os.PathLike[str], *, title: str | Non
         pyarrow.parquet.write_table(table, folder / "measurements.parquet")
         links = [(name, heading) for name, heading, _ in drawn]
         (folder / "report.md").write_text(markdown.render(runs, frame, title, links), encoding="utf-8")
-        page.write_text(html.render(runs, frame, title, drawn, absent), encoding="utf-8")
+        page.write_text(html.render(runs, frame, title, drawn, absent, _profiles(runs, folder)), encoding="utf-8")
     except OSError as problem:
         raise RequestError(f"cannot write the report to {folder}: {problem.strerror}") from None
     return page
+
+
+PROFILES = "profiles"
+
+
+def profile_folder(run: Run, key: str) -> Path:
+    """Where the profile of a point is kept with a run, for `report` to find it."""
+    return run.folder / PROFILES / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _profiles(runs: Sequence[Run], folder: Path) -> dict[str, str]:
+    """By point, the page of its profile, from the report's folder."""
+    from vidbench.traces import PAGE, load
+
+    found = {}
+    for run in runs:
+        for page in sorted((run.folder / PROFILES).glob(f"*/{PAGE}")):
+            with contextlib.suppress(RequestError):  # of another version, or not finished
+                found[load(page.parent).point] = Path(os.path.relpath(page, folder)).as_posix()
+    return found

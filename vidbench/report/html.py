@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,30 @@ def script_safe(value: Any) -> str:
     return text
 
 
+@cache
+def plotly() -> str:
+    """Plotly's script; empty where it is not installed, and then the page has no explorer."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return ""
+    return str(get_plotlyjs()).replace("</script", "<\\/script")
+
+
 def render(
     runs: Sequence[Run],
     frame: pd.DataFrame,
     title: str,
     drawn: Sequence[tuple[str, str, str]],
     absent: Sequence[tuple[str, str]],
+    profiles: Mapping[str, str],
 ) -> str:
     """The page.
 
     Args:
         drawn: Name, heading and SVG of each figure.
         absent: Heading of each figure that cannot be drawn, and what it would need.
+        profiles: Where the profile of a point lies, by the point's key.
     """
     import jinja2
     from markupsafe import Markup
@@ -53,6 +66,12 @@ def render(
     template = environment.from_string(asset("page.html.j2"))
     gone = tables.gone(frame)
     accuracy = tables.accuracy_rows(runs)
+    environments = [tables.environment_rows(run) for run in runs]
+    data = tables.embedded(frame) | {
+        "palette": style.palette(frame["implementation"].unique()),
+        "cycle": style.CYCLE,
+        "profiles": dict(profiles),
+    }
     return template.render(
         title=title,
         runs=[
@@ -63,10 +82,12 @@ def render(
                 "machine": tables.machine_line(run),
                 "input": run.input,
                 "command": run.command,
-                "environment": tables.environment_rows(run),
+                "environment": environment_rows,
             }
-            for run in runs
+            for run, environment_rows in zip(runs, environments, strict=True)
         ],
+        differing=tables.differing(environments),
+        beside=tables.side_by_side(frame),
         warnings=[warning for run in runs for warning in run.warnings],
         verdicts=tables.verdicts(frame),
         standing=tables.standing(frame),
@@ -80,7 +101,9 @@ def render(
         accuracy=accuracy[:ACCURACY_SHOWN],
         accuracy_count=len(accuracy),
         count=len(frame),
-        data=Markup(script_safe(tables.embedded(frame))),
+        data=Markup(script_safe(data)),
+        plotly=Markup(plotly()),
+        explorer=Markup(asset("explore.js")),
         css=Markup(asset("page.css")),
         js=Markup(asset("page.js")),
     )

@@ -1,5 +1,6 @@
 "use strict";
-(() => {
+// The rows, which of them are shown, and the table. `vidbench` is what the explorer sees of it.
+const vidbench = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const size = 25;
   const hidden = new Set(["point", "reason", "trust_reasons", "latency_low_s", "latency_high_s"]);
@@ -70,6 +71,65 @@
     return (row) => hay[row].includes(wanted);
   }
 
+  // --- which rows are shown: words, and what is ticked ---------------------------------------------------------------
+
+  const metrics = new Set(data.metrics);
+  const facets = data.columns
+    .filter((column) => !metrics.has(column.name) && !["point", "reason", "trust_reasons", "rounds", "samples"].includes(column.name))
+    .map((column) => ({ column, chosen: new Set(), values: distinct(column) }))
+    .filter((facet) => facet.values.length > 1 && facet.values.length <= 60);
+
+  function distinct(column) {
+    const counts = new Map();
+    for (let row = 0; row < data.rows; row += 1) {
+      const found = value(column, row);
+      if (!missing(found)) counts.set(found, (counts.get(found) ?? 0) + 1);
+    }
+    const values = [...counts.keys()];
+    values.sort(isNumber(column) ? (a, b) => a - b : (a, b) => (a < b ? -1 : 1));
+    return values.map((one) => ({ value: one, count: counts.get(one) }));
+  }
+
+  function drawFacets() {
+    const place = document.getElementById("facets");
+    for (const facet of facets) {
+      const box = cell("details", undefined, "facet");
+      const summary = cell("summary");
+      const tell = () => {
+        summary.replaceChildren(cell("span", facet.column.head), " ",
+          cell("b", facet.chosen.size === 0 ? "all" : facet.chosen.size === 1 ? String([...facet.chosen][0]) : `${facet.chosen.size} of ${facet.values.length}`));
+        box.classList.toggle("chosen", facet.chosen.size > 0);
+      };
+      const list = cell("div", undefined, "choices");
+      for (const { value: one, count } of facet.values) {
+        const label = cell("label");
+        const tick = cell("input");
+        tick.type = "checkbox";
+        tick.addEventListener("change", () => {
+          if (tick.checked) facet.chosen.add(one); else facet.chosen.delete(one);
+          tell();
+          filter();
+        });
+        label.append(tick, ` ${one} `, cell("small", String(count)));
+        list.append(label);
+      }
+      tell();
+      box.append(summary, list);
+      place.append(box);
+    }
+    // One list is open at a time, and none after a click elsewhere or Escape.
+    place.addEventListener("toggle", (event) => {
+      if (event.target.open) for (const other of place.children) if (other !== event.target) other.open = false;
+    }, true);
+    document.addEventListener("click", (event) => {
+      if (!place.contains(event.target)) for (const box of place.children) box.open = false;
+    });
+    document.addEventListener("keydown", (event) => {
+      const box = event.key === "Escape" && place.querySelector("details[open]");
+      if (box) { box.open = false; box.firstChild.focus(); }
+    });
+  }
+
   let order = Array.from({ length: data.rows }, (_, row) => row);
   let rows = order;
   let page = 0;
@@ -94,11 +154,14 @@
   const input = document.getElementById("filter");
   function filter() {
     const conditions = input.value.split(/\s+/).filter(Boolean).map(condition);
+    for (const { column, chosen } of facets) if (chosen.size) conditions.push((row) => chosen.has(value(column, row)));
     rows = conditions.length ? order.filter((row) => conditions.every((holds) => holds(row))) : order;
     page = 0;
     draw();
+    for (const listener of listeners) listener(rows);
   }
 
+  const listeners = [];
   const head = document.querySelector("#table thead");
   const body = document.querySelector("#table tbody");
   const cell = (kind, content, className) => {
@@ -126,10 +189,9 @@
     head.replaceChildren(line);
   }
 
-  function detail(row) {
-    const line = cell("tr", undefined, "detail");
-    const inside = cell("td");
-    inside.colSpan = columns.length;
+  // What there is to say of one row: key, interval, reasons, and its profile or how to make one.
+  function told(row) {
+    const inside = document.createDocumentFragment();
     const low = byName.get("latency_low_s");
     const high = byName.get("latency_high_s");
     inside.append(cell("p", value(byName.get("point"), row), "key"));
@@ -139,6 +201,24 @@
       const said = value(byName.get(name), row);
       if (!missing(said)) inside.append(cell("p", `${name.replace("_", " ")}: ${said}`));
     }
+    const key = value(byName.get("point"), row);
+    const profile = data.profiles[key];
+    if (profile) {
+      const link = cell("a", "where its time goes");
+      link.href = profile;
+      const line = cell("p");
+      line.append(link);
+      inside.append(line);
+    } else if (value(byName.get("status"), row) === "ok" && !key.includes("/evaluate/"))
+      inside.append(cell("p", `where its time goes: vidbench profile '${key}'`, "key"));
+    return inside;
+  }
+
+  function detail(row) {
+    const line = cell("tr", undefined, "detail");
+    const inside = cell("td");
+    inside.colSpan = columns.length;
+    inside.append(told(row));
     line.append(inside);
     return line;
   }
@@ -159,11 +239,14 @@
         } else made.textContent = text(of, row);
         line.append(made);
       }
-      line.addEventListener("click", () => {
+      const unfold = () => {
         const next = line.nextElementSibling;
         if (next && next.className === "detail") next.remove();
         else line.after(detail(row));
-      });
+      };
+      line.tabIndex = 0;
+      line.addEventListener("click", unfold);
+      line.addEventListener("keydown", (event) => { if (event.key === "Enter") unfold(); });
       return line;
     });
     body.replaceChildren(...lines);
@@ -179,10 +262,50 @@
     }
   }
 
+  // --- the rows that are shown, to take away ---------------------------------------------------------------------------
+
+  function csv() {
+    const quoted = (content) => (/[",\n]/.test(content) ? `"${content.replaceAll('"', '""')}"` : content);
+    const lines = [data.columns.map((of) => quoted(of.unit ? `${of.name} (${of.unit})` : of.name)).join(",")];
+    for (const row of rows) lines.push(data.columns.map((of) => {
+      const found = value(of, row);
+      return missing(found) ? "" : quoted(String(found));
+    }).join(","));
+    return lines.join("\n") + "\n";
+  }
+
+  async function copy() {
+    const button = document.getElementById("copy");
+    const before = button.textContent;
+    try {
+      await navigator.clipboard.writeText(csv());
+      button.textContent = `${rows.length.toLocaleString("en")} rows copied`;
+    } catch {
+      button.textContent = "the browser refuses: use Save";
+    }
+    setTimeout(() => { button.textContent = before; }, 2000);
+  }
+
+  function save() {
+    const link = cell("a");
+    link.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+    link.download = "points.csv";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  }
+
+  document.getElementById("copy").addEventListener("click", copy);
+  document.getElementById("save").addEventListener("click", save);
+
   let waiting = 0;
   input.addEventListener("input", () => {
     clearTimeout(waiting);
     waiting = setTimeout(filter, data.rows > 5000 ? 200 : 30);
   });
+  drawFacets();
   draw();
+  return {
+    data, value, text, missing, isNumber, told, cell, column: (name) => byName.get(name), facets,
+    rows: () => rows, onRows: (listener) => listeners.push(listener),
+  };
 })();

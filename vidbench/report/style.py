@@ -34,6 +34,8 @@ KNOWN = {
     "opencv_dis": "#009E73",
 }
 OTHERS = ("#D55E00", "#CC79A7", "#56B4E9", "#009E73", "#B8A800", "#7A5195", "#8B5E3C", "#E69F00", "#0072B2")
+CYCLE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#7A5195", "#8B5E3C", "#8c8c8c")
+"""For anything else than implementations: ten that are told apart, then over again."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 DASHES = ("-", "--", ":", "-.")
 

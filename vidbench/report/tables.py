@@ -270,6 +270,7 @@ def embedded(frame: pd.DataFrame) -> dict[str, Any]:
             "head": how.head,
             "unit": how.unit,
             "hint": METRICS[name].label if name in METRICS else "",
+            "better": METRICS[name].better if name in METRICS else None,
         }
         if name in apart:
             # Still sorted and filtered by, but shown with the others of its kind in one column.
@@ -283,7 +284,7 @@ def embedded(frame: pd.DataFrame) -> dict[str, Any]:
         else:
             codes, texts = frame[name].astype("string").factorize()
             columns.append({**head, "texts": texts.tolist(), "codes": codes.tolist()})
-    return {"rows": len(frame), "columns": columns}
+    return {"rows": len(frame), "columns": columns, "metrics": [*SHOWN]}
 
 
 def _rounded(values: pd.Series, factor: float) -> list[float | str | None]:
@@ -293,6 +294,65 @@ def _rounded(values: pd.Series, factor: float) -> list[float | str | None]:
         None if v != v else float(f"{v * factor:.4g}") if math.isfinite(v) else "inf" if v > 0 else "-inf"
         for v in numbers.tolist()
     ]
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Points that several runs have."""
+
+    runs: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    """Key of the point, and of each run what it says and whether it is `slower` or `faster` than the first."""
+    count: int
+    """Of all such points; `rows` has those that differ most."""
+
+
+SIDE_BY_SIDE = 100
+
+
+def side_by_side(frame: pd.DataFrame) -> SideBySide | None:
+    """Latencies of the points that two runs or more have, the largest difference first; None of a single run.
+
+    A difference is marked where the intervals do not overlap: what may be concluded from it, `vidbench compare` says.
+    """
+    runs = [str(run) for run in frame["run_id"].unique()]
+    timed = frame[frame["mode"] != "evaluate"]
+    if len(runs) < 2 or timed.empty:
+        return None
+    found: dict[str, dict[str, Any]] = {}
+    names = ("run_id", "point", "status", "latency_s", "latency_low_s", "latency_high_s")
+    for run, point, *figures in timed[list(names)].itertuples(index=False, name=None):
+        found.setdefault(str(point), {})[str(run)] = figures
+    shared = {point: sides for point, sides in found.items() if len(sides) > 1}
+    lines = [(point, *_beside(sides, runs)) for point, sides in shared.items()]
+    lines.sort(key=lambda line: -line[2])
+    return SideBySide(tuple(runs), tuple((point, cells) for point, cells, _ in lines[:SIDE_BY_SIDE]), len(shared))
+
+
+def _beside(sides: dict[str, Any], runs: Sequence[str]) -> tuple[tuple[tuple[str, str], ...], float]:
+    """What each run says of a point and how it differs from the first that has it; and the largest difference."""
+    first = next((sides[run] for run in runs if run in sides and sides[run][0] == "ok"), None)
+    cells, largest = [], 0.0
+    for run in runs:
+        status, latency, low, high = sides.get(run, ("", None, None, None))
+        if missing(latency):
+            cells.append((str(status) or "–", ""))
+            continue
+        told, mark = shown("latency_s", latency), ""
+        if first is not None and sides[run] is not first and not missing(first[1]):
+            ratio = float(latency) / float(first[1])
+            told += f" ({ratio:.2f}×)"
+            largest = max(largest, abs(math.log(ratio)) if ratio > 0 else 0.0)
+            if not any(map(missing, (low, high, first[2], first[3]))):
+                mark = "slower" if low > first[3] else "faster" if high < first[2] else ""
+        cells.append((told, mark))
+    return tuple(cells), largest
+
+
+def differing(rows: Sequence[Sequence[tuple[str, str]]]) -> set[str]:
+    """Names of an environment's rows that are not alike in all runs."""
+    tables = [dict(one) for one in rows]
+    return {name for one in tables for name in one if len({other.get(name) for other in tables}) > 1}
 
 
 def accuracy_rows(runs: Sequence[Run]) -> list[dict[str, str]]:

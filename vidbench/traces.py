@@ -1,0 +1,457 @@
+"""What the events of a profiler say: which operators and kernels, where the time went, what the device waited for.
+
+Events in, records out: no torch, so that a trace of a GPU is understood, and tested, anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from vidbench.run_format import UNDECODABLE
+from vidbench.sweep import RequestError
+
+CALL = "vidbench call"
+"""The scope around each profiled call."""
+
+MEMORY = "[memory]"
+"""The events of allocators."""
+
+LAYER = "layer "
+"""Begins the scope around a module's forward pass."""
+
+WAITING = re.compile(r"cu(da)?(Device|Stream|Event|Ctx)Synchronize")
+ALLOCATING = re.compile(r"cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree)")
+CONVERTING = re.compile(r"nchwTo|nhwcTo|nchwAddPadding|nhwcAddPadding|convertTensor|transpose|reorder", re.IGNORECASE)
+"""Kernels and primitives that change a layout and compute nothing."""
+
+COPYING = frozenset(("aten::copy_", "aten::contiguous", "aten::clone", "aten::_to_copy"))
+"""Operators that do nothing but copy, most often to change a layout."""
+
+Cause = Literal["Python between operators", "launching", "waiting for the device", "allocating", "the call's end"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a profiler."""
+
+    name: str
+    start_s: float
+    duration_s: float
+    lane: str
+    """The thread, or the stream of a device."""
+    on_device: bool = False
+    shapes: str = ""
+    """Of the inputs: 1x3x16x112x112, 64x3x3x3x3."""
+    bytes: int = 0
+    """Of a `[memory]` event: how much is alive from here on more than before."""
+    id: int = 0
+    launched_by: int = 0
+    """Id of the operator that launched it."""
+
+    @property
+    def end_s(self) -> float:
+        """When it was over."""
+        return self.start_s + self.duration_s
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the device worked meanwhile."""
+        return self.on_device and self.name != MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An event of a thread within those that enclose it."""
+
+    event: Event
+    depth: int
+    self_s: float
+    """Without what lies within it."""
+    parent: int
+    """Its index; -1 for none."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: what ran in a call, how often, and how long."""
+
+    name: str
+    calls: int
+    seconds: float
+    detail: str = ""
+    """Shapes of an operator, the algorithm of a primitive."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Time of a call in which the device had nothing to do, by cause."""
+
+    cause: Cause
+    count: int
+    seconds: float
+
+
+def nested(events: Iterable[Event]) -> list[Span]:
+    """The events of each thread as a tree, in order of their begin."""
+    ordered = sorted(
+        (one for one in events if not one.on_device and one.name != MEMORY),
+        key=lambda one: (one.lane, one.start_s, -one.duration_s),
+    )
+    parents: list[int] = []
+    within = [0.0] * len(ordered)
+    depths: list[int] = []
+    stack: list[int] = []
+    for index, one in enumerate(ordered):
+        while stack and (ordered[stack[-1]].lane != one.lane or ordered[stack[-1]].end_s <= one.start_s):
+            stack.pop()
+        parents.append(stack[-1] if stack else -1)
+        depths.append(len(stack))
+        if stack:
+            within[stack[-1]] += one.duration_s
+        stack.append(index)
+    return [
+        Span(one, depth, max(0.0, one.duration_s - inside), parent)
+        for one, depth, inside, parent in zip(ordered, depths, within, parents, strict=True)
+    ]
+
+
+def calls(events: Sequence[Event]) -> list[Event]:
+    """The scopes of the profiled calls, in order."""
+    return sorted((one for one in events if one.name == CALL and not one.on_device), key=lambda one: one.start_s)
+
+
+def is_operator(name: str) -> bool:
+    """Whether a thread's event is an operator of torch's, rather than a scope or the driver's."""
+    return re.fullmatch(r"[a-zA-Z_]\w*::[\w.]+", name) is not None
+
+
+def operators(spans: Sequence[Span]) -> list[Row]:
+    """Operators by name and shapes, the longest first; what lies within others is theirs alone."""
+    return _rows((one.event.name, one.event.shapes, one.self_s) for one in spans if is_operator(one.event.name))
+
+
+def _rows(pieces: Iterable[tuple[str, str, float]]) -> list[Row]:
+    """One row for each name and detail, the longest first."""
+    found: dict[tuple[str, str], Row] = {}
+    for name, detail, seconds in pieces:
+        last = found.get((name, detail), Row(name, 0, 0.0, detail))
+        found[name, detail] = Row(name, last.calls + 1, last.seconds + seconds, detail)
+    return sorted(found.values(), key=lambda row: -row.seconds)
+
+
+def kernels(events: Iterable[Event]) -> list[Row]:
+    """The device's kernels, the longest first."""
+    return _rows((one.name, "", one.duration_s) for one in events if one.is_kernel)
+
+
+def layers(spans: Sequence[Span], device_s: Mapping[int, float]) -> list[Row]:
+    """The modules that were called, the longest first.
+
+    Args:
+        spans: Of the host's threads.
+        device_s: Seconds of the kernels that a span (by index) and those within it launched; empty on a CPU, where the
+            span's own length counts.
+    """
+    return _rows(
+        (one.event.name.removeprefix(LAYER), "", device_s.get(index, 0.0) if device_s else one.event.duration_s)
+        for index, one in enumerate(spans)
+        if one.event.name.startswith(LAYER)
+    )
+
+
+def launched(events: Iterable[Event], spans: Sequence[Span]) -> dict[int, float]:
+    """Of each span by index, the seconds of the kernels that it and those within it launched."""
+    by_id = {span.event.id: index for index, span in enumerate(spans) if span.event.id}
+    found: dict[int, float] = {}
+    for one in events:
+        index = by_id.get(one.launched_by, -1) if one.is_kernel else -1
+        while index >= 0:
+            found[index] = found.get(index, 0.0) + one.duration_s
+            index = spans[index].parent
+    return found
+
+
+# --- what nobody worked in --------------------------------------------------------------------------------------------
+
+
+def busy(events: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Begin and end of the times covered by any of these intervals."""
+    merged: list[tuple[float, float]] = []
+    for start, end in sorted(events):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _free(covered: Sequence[tuple[float, float]], start: float, end: float) -> Iterator[tuple[float, float]]:
+    """The parts of an interval that are not covered."""
+    at = start
+    for first, last in covered:
+        if last <= at:
+            continue
+        if first >= end:
+            break
+        if first > at:
+            yield at, first
+        at = max(at, last)
+    if at < end:
+        yield at, end
+
+
+SHORTEST_GAP_S = 1e-6
+"""From one kernel to the next a device takes about as long, however early it was launched."""
+
+
+def device_gaps(events: Iterable[Event], spans: Iterable[Span], scope: Event) -> list[Gap]:
+    """Why the device had nothing to do within a call, by what the host did meanwhile."""
+    worked = busy((one.start_s, one.end_s) for one in events if one.is_kernel)
+    hosts = [span.event for span in spans if span.event.name != CALL and not span.event.name.startswith(LAYER)]
+    hosts.sort(key=lambda one: one.start_s)
+    starts = [one.start_s for one in hosts]
+    found: list[tuple[Cause, float]] = []
+    for start, end in _free(worked, scope.start_s, scope.end_s):
+        if end - start >= SHORTEST_GAP_S:
+            last = not worked or start >= worked[-1][1]
+            found.append(("the call's end" if last else _what_the_host_did(hosts, starts, start, end), end - start))
+    return _gaps(found)
+
+
+def _what_the_host_did(hosts: Sequence[Event], starts: Sequence[float], start: float, end: float) -> Cause:
+    """The cause of a gap: what took the most of it on the host."""
+    spent: dict[Cause, float] = {}
+    covered: list[tuple[float, float]] = []
+    for one in hosts[: bisect_right(starts, end)]:
+        first, last = max(one.start_s, start), min(one.end_s, end)
+        if last <= first:
+            continue
+        covered.append((first, last))
+        if WAITING.match(one.name):
+            spent["waiting for the device"] = spent.get("waiting for the device", 0.0) + last - first
+        elif ALLOCATING.match(one.name):
+            spent["allocating"] = spent.get("allocating", 0.0) + last - first
+    at_work = sum(last - first for first, last in busy(covered))
+    spent["Python between operators"] = end - start - at_work
+    spent["launching"] = at_work - spent.get("waiting for the device", 0.0) - spent.get("allocating", 0.0)
+    return max(spent, key=lambda cause: spent[cause])
+
+
+def host_gaps(spans: Iterable[Span], scope: Event) -> list[Gap]:
+    """On a CPU: the time within a call in which no operator ran."""
+    worked = busy((span.event.start_s, span.event.end_s) for span in spans if is_operator(span.event.name))
+    free = _free(worked, scope.start_s, scope.end_s)
+    return _gaps([("Python between operators", end - start) for start, end in free])
+
+
+def _gaps(pieces: Sequence[tuple[Cause, float]]) -> list[Gap]:
+    """One for each cause, the longest first."""
+    causes = dict.fromkeys(cause for cause, _ in pieces)
+    lengths = {cause: [seconds for of, seconds in pieces if of == cause] for cause in causes}
+    gaps = [Gap(cause, len(found), sum(found)) for cause, found in lengths.items()]
+    return sorted(gaps, key=lambda gap: -gap.seconds)
+
+
+# --- memory, and the line of time -------------------------------------------------------------------------------------
+
+
+def memory_over_time(events: Iterable[Event], scope: Event, on_device: bool, before: int) -> list[tuple[float, int]]:
+    """Bytes alive from each moment of a call on, in seconds after its begin.
+
+    Args:
+        events: All of a profile.
+        scope: The call.
+        on_device: Whether the device's memory is asked for.
+        before: What was alive when the call began.
+    """
+    alive = before
+    line = [(0.0, before)]
+    moments = sorted(
+        (one.start_s, one.bytes)
+        for one in events
+        if one.name == MEMORY and one.on_device == on_device and scope.start_s <= one.start_s <= scope.end_s
+    )
+    for moment, change in moments:
+        alive += change
+        line.append((moment - scope.start_s, alive))
+    line.append((scope.duration_s, alive))
+    return line
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle of the time line."""
+
+    name: str
+    lane: str
+    depth: int
+    start_s: float
+    """After the call's begin."""
+    duration_s: float
+    detail: str = ""
+
+
+MOST_BARS = 1500
+
+
+def bars(events: Iterable[Event], spans: Sequence[Span], scope: Event) -> list[Bar]:
+    """The time line of one call: threads with what encloses what, then streams; the longest, if there are too many."""
+    found = [
+        Bar(span.event.name, span.event.lane, span.depth, span.event.start_s - scope.start_s, span.event.duration_s,
+            span.event.shapes)
+        for span in spans
+        if scope.start_s <= span.event.start_s < scope.end_s and span.event.name != CALL
+    ]  # fmt: skip
+    found += [
+        Bar(one.name, one.lane, 0, one.start_s - scope.start_s, one.duration_s)
+        for one in events
+        if one.is_kernel and scope.start_s <= one.start_s < scope.end_s
+    ]
+    found.sort(key=lambda bar: -bar.duration_s)
+    return sorted(found[:MOST_BARS], key=lambda bar: (bar.start_s, bar.depth))
+
+
+# --- oneDNN -----------------------------------------------------------------------------------------------------------
+
+
+def onednn_primitives(log: str) -> list[Row]:
+    """The primitives of a call from oneDNN's own words: what a CPU's kernels are, conversions of layouts among them.
+
+    Source: https://uxlfoundation.github.io/oneDNN/dev_guide_verbose.html
+    """
+    found: list[tuple[str, str, float]] = []
+    for line in log.splitlines():
+        parts = line.strip().split(",")
+        if not parts[0].startswith("onednn_verbose") or "exec" not in parts:
+            continue
+        at = parts.index("exec")
+        try:
+            _, kind, algorithm = parts[at + 1 : at + 4]
+            milliseconds = float(parts[-1])
+        except ValueError:  # a line that another release says otherwise
+            continue
+        found.append((kind, algorithm, 1e-3 * milliseconds))
+    return _rows(found)
+
+
+def conversion_s(operators: Iterable[Row], kernels: Iterable[Row]) -> float:
+    """Seconds of a call that only change layouts or copy.
+
+    On a device its kernels tell; on a CPU the operators that copy, and oneDNN's reorders within others.
+    """
+    return sum(row.seconds for row in kernels if CONVERTING.search(row.name)) + sum(
+        row.seconds for row in operators if row.name in COPYING
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A kernel of two profiles."""
+
+    name: str
+    detail: str = ""
+    base: Row | None = None
+    new: Row | None = None
+    change_s: float = field(default=0.0)
+
+
+def differences(base: Sequence[Row], new: Sequence[Row]) -> list[Difference]:
+    """What became of each kernel, the largest change of a call's time first."""
+    sides = [{(row.name, row.detail): row for row in rows} for rows in (base, new)]
+    found = []
+    for key in dict.fromkeys((*sides[0], *sides[1])):
+        before, after = (side.get(key) for side in sides)
+        change = (after.seconds if after else 0.0) - (before.seconds if before else 0.0)
+        found.append(Difference(*key, before, after, change))
+    return sorted(found, key=lambda one: -abs(one.change_s))
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+SUMMARY, TRACE, PAGE = "profile.json", "trace.json.gz", "profile.html"
+"""Files of a profile's folder."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An operator under the roof: what it computes, what it must move, and how long it takes."""
+
+    name: str
+    shapes: str
+    calls: int
+    seconds: float
+    """With all that it calls; on a device its kernels'."""
+    macs: int
+    bytes: int
+    """Inputs and outputs, each once."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a profile has found in one call, the middle one of several."""
+
+    schema_version: int
+    point: str
+    """Its key."""
+    created_utc: str
+    command: str
+    machine: str
+    device: str
+    torch: str
+    latency_s: float
+    """Without the profiler."""
+    profiled_s: float
+    """With it."""
+    calls: int
+    """That were profiled."""
+    operators: list[Row]
+    kernels: list[Row]
+    """Of a GPU, or oneDNN's primitives of a CPU."""
+    layers: list[Row]
+    places: list[Place]
+    gaps: list[Gap]
+    busy_s: float
+    """In which the device worked; on a CPU in which an operator ran."""
+    conversion_s: float
+    memory: list[tuple[float, int]]
+    """Seconds after a call's begin, and bytes of tensors alive from then on."""
+    bars: list[Bar]
+    flops_per_s: float
+    """The device's measured ceilings."""
+    bytes_per_s: float
+    macs: int | None = None
+    params: int | None = None
+    bytes_moved: int | None = None
+    processors: float | None = None
+    """That the call keeps busy on a CPU, of `threads`."""
+    threads: int = 0
+    counters: list[dict[str, str]] = field(default_factory=list)
+    """Of each kernel, from ncu where it is installed."""
+    no_counters: str = ""
+    """Why a GPU's kernels have none."""
+
+
+def load(folder: Path) -> Profile:
+    """A profile that was written.
+
+    Raises:
+        RequestError: There is none, or it is damaged.
+    """
+    path = folder / SUMMARY
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Profile)
+    except FileNotFoundError:
+        raise RequestError(f"{folder} holds no {SUMMARY}: give the --out of `vidbench profile`") from None
+    except (*UNDECODABLE, OSError) as error:
+        raise RequestError(f"{path} cannot be read: {error}") from None
+    if found.schema_version != SCHEMA_VERSION:
+        raise RequestError(f"{path} has schema_version {found.schema_version}; wanted {SCHEMA_VERSION}")
+    return found
