@@ -18,7 +18,7 @@ from vidbench.causes import causes
 from vidbench.metrics import SEVERITY, Interval, interval
 from vidbench.records import Accuracy, Environment, Measurement
 from vidbench.results import Run
-from vidbench.significance import Effect, discoveries, foretold, paired, unpaired
+from vidbench.significance import Effect, discoveries, foretold, paired, ratio_of, unpaired
 from vidbench.sweep import Point
 
 Verdict = Literal["FASTER", "SLOWER", "SAME", "UNDECIDED", "MISSING", "NEW", "NOT COMPARED"]
@@ -352,7 +352,7 @@ def _verdict_of(one: PointVerdict, named: bool, floor: float, lone: float) -> Po
     if named and abs(change) > math.log1p(max(floor, MATTERS)):
         return replace(one, verdict="SLOWER" if change > 0 else "FASTER")
     if named and floor and abs(change) > math.log1p(MATTERS):
-        return replace(one, reason=f"{math.expm1(change):+.1%}, less than two runs may differ by without a cause")
+        return replace(one, reason=f"{one.effect.ratio - 1:+.1%}, less than two runs may differ by without a cause")
     if abs(change) + one.effect.half_width() <= math.log1p(max(EQUIVALENT, floor)):
         return replace(one, verdict="SAME", reason=f"within {floor:.0%}" if floor > EQUIVALENT else "")
     return replace(one, reason=f"could have seen {_smallest(one.effect, floor, lone):.1%}")
@@ -360,7 +360,7 @@ def _verdict_of(one: PointVerdict, named: bool, floor: float, lone: float) -> Po
 
 def _smallest(effect: Effect, floor: float, lone: float) -> float:
     """The smallest slowdown that would have been told from none, had it been the only one."""
-    return max(math.expm1(effect.half_width(1 - lone)), floor)
+    return max(ratio_of(effect.half_width(1 - lone)) - 1, floor)
 
 
 def _in_turn(key: str, sides: tuple[dict[str, _Side], dict[str, _Side]], again: dict[str, _Side]) -> Effect | None:

@@ -72,9 +72,8 @@ def _change(one: PointVerdict) -> str:
     text = f"{_seconds(one.base_s)} → {_seconds(one.new_s)}"
     if one.effect is None:
         return text
-    half = one.effect.half_width()
-    low, middle, high = (math.expm1(one.effect.log_ratio + shift) for shift in (-half, 0.0, half))
-    return f"{text}, {middle:+.1%} ({low:+.1%} to {high:+.1%})"
+    low, high = one.effect.ratio_interval
+    return f"{text}, {one.effect.ratio - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
 
 
 def _exact(one: PointVerdict) -> list[str]:
@@ -207,12 +206,9 @@ def _point(one: PointVerdict) -> dict[str, Any]:
         "causes": list(one.causes),
     }
     if one.effect is not None:
-        half = one.effect.half_width()
         found |= {
-            "ratio": one.effect.ratio,
-            "ratio_interval": [math.exp(one.effect.log_ratio - half), math.exp(one.effect.log_ratio + half)],
-            "p": one.effect.p,
-        }
+            "ratio": one.effect.ratio, "ratio_interval": list(one.effect.ratio_interval), "p": one.effect.p,
+        }  # fmt: skip
     return found
 
 

@@ -236,7 +236,7 @@ def _interval(
         if min(medians) <= 0:
             return None, None
         of_logs = metrics.interval([math.log(median) for median in medians])
-        return min(math.exp(of_logs.low), latency_s), max(math.exp(of_logs.high), latency_s)
+        return min(math.exp(of_logs.low), latency_s), max(math.exp(min(of_logs.high, 700.0)), latency_s)
     samples = sorted(next(one.samples_s for one in rounds if len(one.samples_s)))
     rank = _rank(len(samples))
     return (samples[rank - 1], samples[len(samples) - rank]) if rank else (None, None)

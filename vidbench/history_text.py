@@ -11,6 +11,7 @@ from typing import Any
 from vidbench.changes import KINDS, Change, Changes, Series, Spot
 from vidbench.compare_text import apart, label
 from vidbench.report.tables import digits
+from vidbench.significance import ratio_of
 
 SHOWN = 20
 """Changes of a kind that the text names."""
@@ -65,14 +66,13 @@ def _what(change: Change) -> str:
         return f"{after}: {reason}" if reason else str(after)
     if change.effect is None:
         return f"{change.metric} {before:,.0f} → {after:,.0f}{_ratio(change)}"
-    half = change.effect.half_width()
-    low, high = (math.expm1(change.effect.log_ratio + shift) for shift in (-half, half))
+    low, high = (end - 1 for end in change.effect.ratio_interval)
     times = " → ".join(f"{digits(1e3 * value, 4)} ms" for value in (before, after))
     return f"{times}{_ratio(change)} ({low:+.1%} to {high:+.1%}), p = {change.p:.0e}"
 
 
 def _ratio(change: Change) -> str:
-    return f", {math.expm1(change.size):+.1%}" if math.isfinite(change.size) else ""
+    return f", {ratio_of(change.size) - 1:+.1%}" if math.isfinite(change.size) else ""
 
 
 def _where(change: Change) -> str:
@@ -121,9 +121,9 @@ def _change(change: Change) -> dict[str, Any]:
         "differs": {name: list(pair) for name, pair in change.causes.items()},
     }
     if change.effect is not None:
-        half = change.effect.half_width()
-        ends = [math.exp(change.effect.log_ratio + shift) for shift in (-half, half)]
-        found |= {"ratio": change.effect.ratio, "ratio_interval": ends, "p": change.p}
+        found |= {
+            "ratio": change.effect.ratio, "ratio_interval": list(change.effect.ratio_interval), "p": change.p,
+        }  # fmt: skip
     if change.kind == "STOPPED":
         found |= {"reason": change.reason, "again": None if change.again is None else asdict(change.again)}
     return found

@@ -14,7 +14,7 @@ import psutil
 from vidbench.compare import FALSE_DISCOVERY_RATE
 from vidbench.engine.local import LocalEngine, in_turn
 from vidbench.gate import LOOKS, SIDES
-from vidbench.significance import Effect
+from vidbench.significance import Effect, ratio_of
 from vidbench.sweep import Point, RequestError, Value
 
 ROUNDS = 6
@@ -118,4 +118,4 @@ def noise_of(times: Mapping[tuple[str, str], list[list[float]]], device: str, st
 def tells(found: Noise, rounds: int, points: int = 10) -> float:
     """The smallest change of one of so many points that a gate tells from none after so many rounds, as a share."""
     effect = Effect(0.0, found.turn / math.sqrt(rounds), rounds - 1)
-    return math.expm1(effect.half_width(1 - FALSE_DISCOVERY_RATE / len(LOOKS) / points))
+    return ratio_of(effect.half_width(1 - FALSE_DISCOVERY_RATE / len(LOOKS) / points)) - 1

@@ -19,6 +19,15 @@ TRIM = 0.1
 Numbers = npt.NDArray[np.float64]
 
 
+FARTHEST = 1e6
+"""Ratios beyond it, either way, are said to be it: two rounds that have nothing in common make any."""
+
+
+def ratio_of(log_ratio: float) -> float:
+    """The ratio of a logarithm, at most `FARTHEST` either way."""
+    return min(max(math.exp(min(max(log_ratio, -700.0), 700.0)), 1 / FARTHEST), FARTHEST)
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """By how much the logarithm of a time changed."""
@@ -32,7 +41,13 @@ class Effect:
     @property
     def ratio(self) -> float:
         """New over base."""
-        return math.exp(self.log_ratio)
+        return ratio_of(self.log_ratio)
+
+    @property
+    def ratio_interval(self) -> tuple[float, float]:
+        """Of 95 %."""
+        half = self.half_width()
+        return ratio_of(self.log_ratio - half), ratio_of(self.log_ratio + half)
 
     @property
     def p(self) -> float:

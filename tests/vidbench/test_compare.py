@@ -169,6 +169,21 @@ def test_runs_taken_apart_are_judged_by_the_noise_between_runs() -> None:
     assert compare(base, new, baselines=noisy_machine).points[0].verdict == "UNDECIDED"
 
 
+def test_rounds_that_have_nothing_in_common_are_told_all_the_same() -> None:
+    """Found by fuzzing: the logarithm of a ratio may be beyond what a number holds."""
+    from vidbench.compare_text import FORMATS
+    from vidbench.significance import FARTHEST, Effect
+
+    wild = Effect(1400.0, 1e-3, 1)
+    assert wild.ratio == FARTHEST
+    assert wild.ratio_interval == (FARTHEST, FARTHEST)
+    assert Effect(-1400.0, 900.0, 1).ratio_interval == (1 / FARTHEST, FARTHEST)
+    base, new = (run_of(rounds_of(point(), times)) for times in ([1e-300, 1e300], [1e300, 1e-300]))
+    found = compare(base, new)
+    assert found.points[0].verdict == "UNDECIDED"
+    assert all(form(found, base, new) for form in FORMATS.values())
+
+
 def test_of_a_point_that_few_baselines_have_the_noise_between_runs_is_not_known() -> None:
     old, young = point("old"), point("young")
     quiet = [run_of(rounds_of(old, noisy(1e-2, 0.002, 6, i)), f"q{i}") for i in range(4)]
