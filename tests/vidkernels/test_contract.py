@@ -21,6 +21,10 @@ LAYOUTS = ("sliced", "channels_last")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
+SAMPLE = ("odd sizes", "strided", "dilated")
+"""Cases that stand for all where all would take too long."""
+
+
 def _parameters(compiled: bool) -> Iterator[Any]:
     """What compiles takes seconds a case: a few of them, and one of them among the fast tests."""
     for op in OPS.values():
@@ -37,8 +41,11 @@ def _parameters(compiled: bool) -> Iterator[Any]:
                 chosen, dtypes = chosen[:2], ("fp32", "bf16")
             for (what, case), dtype in product(chosen, dtypes):
                 # tf32 is refused on a CPU: one row tells so.
-                if dtype != "tf32" or what in ("odd sizes", "strided", "dilated"):
-                    yield pytest.param(op.name, name, case, dtype, id=f"{op.name}-{name}-{what}-{dtype}", marks=slow)
+                if dtype != "tf32" or what in SAMPLE:
+                    # Interpreted kernels take seconds: what cases have to tell, fp32 tells, and fp16 the rounding.
+                    rare = name.startswith("triton") and dtype == "fp16" and what not in SAMPLE
+                    marks = slow or ([pytest.mark.slow] if rare else [])
+                    yield pytest.param(op.name, name, case, dtype, id=f"{op.name}-{name}-{what}-{dtype}", marks=marks)
 
 
 @pytest.fixture
