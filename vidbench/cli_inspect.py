@@ -98,7 +98,7 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read with torch: it would tell of every start and stop
     from vidbench.report.profile_page import against_text, render, text
     from vidbench.suites import point_named
-    from vidbench.traces import PAGE
+    from vidbench.traces import PAGE, SUMMARY, load
 
     texts = list(axis or [])
     given = {"implementation": implementation, "mode": mode, "device": device, "dtype": dtype}
@@ -115,12 +115,10 @@ def profile(
     else:
         folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-profile"
     base = None
-    if against is not None and not (Path(against) / "profile.json").exists():
+    if against is not None and not (Path(against) / SUMMARY).exists():
         other = _other(against, new, axes)
         base = _take(other, folder / "against", clips, tensorboard)
     elif against is not None:
-        from vidbench.traces import load
-
         base = load(Path(against))
     found = _take(new, folder, clips, tensorboard)
     page = folder / PAGE

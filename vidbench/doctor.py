@@ -20,7 +20,7 @@ from typing import Literal
 import psutil
 import torch
 
-from vidbench.environment import cache_bytes
+from vidbench.environment import cache_bytes, version
 from vidbench.gate import WANTED_ROUNDS
 from vidbench.noise import Noise, noise, tells
 from vidbench.nvml import Settings, watch
@@ -73,7 +73,7 @@ class Finding:
 
 def software(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Versions, optional parts, compilers, and variables that change what is measured."""
-    triton = _version("triton")
+    triton = version("triton")
     found = f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton or 'none'}"
     wanted = _wanted_triton()
     if wanted and triton and wanted != triton:
@@ -103,13 +103,6 @@ def software(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     for name, effect in SLOWING.items():
         if environ.get(name, "0") not in ("0", ""):
             yield Finding("software", name, "poor", f"{name}={environ[name]}: {effect}", f"unset {name}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _wanted_triton() -> str | None:

@@ -49,7 +49,7 @@ def describe(device: str, dtypes: Iterable[str]) -> Environment:
         cuda=torch.version.cuda if cuda else None,
         cudnn=str(cudnn) if cudnn else None,
         torch=str(torch.__version__),
-        triton=_version("triton"),
+        triton=version("triton"),
         python=platform.python_version(),
         platform=platform.platform(),
         vidbench=vidbench.__version__,
@@ -182,7 +182,7 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -94,7 +94,7 @@ def take(
     (scope,) = traces.calls(events)
     rows = traces.operators(spans)
     kernels = traces.kernels(events) if timer.cuda else primitives
-    device_s = traces.launched(events, spans)
+    device_s = traces.launched(events, spans) if timer.cuda else None
     gaps = traces.device_gaps(events, spans, scope) if timer.cuda else traces.host_gaps(spans, scope)
     held = ceilings(environment, point.device, point.dtype, cost.bytes_moved, cold=point.regime == "cold")
     profile = Profile(
@@ -111,9 +111,8 @@ def take(
         operators=rows,
         kernels=kernels,
         layers=traces.layers(spans, device_s),
-        places=_places(spans, device_s if timer.cuda else None, done),
+        places=_places(spans, device_s, done),
         gaps=gaps,
-        busy_s=max(0.0, scope.duration_s - sum(gap.seconds for gap in gaps)),
         conversion_s=traces.conversion_s([] if timer.cuda else rows, kernels),
         memory=traces.memory_over_time(events, scope, timer.cuda, live),
         bars=traces.bars(events, spans, scope),
@@ -200,14 +199,18 @@ def _leave(scopes: list[Any], *_: Any) -> None:
 
 def _events(profiler: Any) -> list[Event]:
     found = []
-    for one in profiler.profiler.kineto_results.events():
+    events = profiler.profiler.kineto_results.events()
+    begin_ns = min(
+        (one.start_ns() for one in events), default=0
+    )  # since 1970 a float knows but quarters of a microsecond
+    for one in events:
         on_device = one.device_type() != torch.profiler.DeviceType.CPU
         if on_device and one.is_user_annotation():  # the device's copy of a scope
             continue
         found.append(
             Event(
                 one.name(),
-                one.start_ns() * 1e-9,
+                (one.start_ns() - begin_ns) * 1e-9,
                 one.duration_ns() * 1e-9,
                 f"stream {one.device_resource_id()}" if on_device else f"thread {one.start_thread_id()}",
                 on_device,

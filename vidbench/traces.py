@@ -151,16 +151,16 @@ def kernels(events: Iterable[Event]) -> list[Row]:
     return _rows((one.name, "", one.duration_s) for one in events if one.is_kernel)
 
 
-def layers(spans: Sequence[Span], device_s: Mapping[int, float]) -> list[Row]:
+def layers(spans: Sequence[Span], device_s: Mapping[int, float] | None) -> list[Row]:
     """The modules that were called, the longest first.
 
     Args:
         spans: Of the host's threads.
-        device_s: Seconds of the kernels that a span (by index) and those within it launched; empty on a CPU, where the
+        device_s: Seconds of the kernels that a span (by index) and those within it launched; None on a CPU, where the
             span's own length counts.
     """
     return _rows(
-        (one.event.name.removeprefix(LAYER), "", device_s.get(index, 0.0) if device_s else one.event.duration_s)
+        (one.event.name.removeprefix(LAYER), "", one.event.duration_s if device_s is None else device_s.get(index, 0.0))
         for index, one in enumerate(spans)
         if one.event.name.startswith(LAYER)
     )
@@ -359,17 +359,18 @@ class Difference:
     detail: str = ""
     base: Row | None = None
     new: Row | None = None
-    change_s: float = field(default=0.0)
+
+    @property
+    def change_s(self) -> float:
+        """Of a call's time."""
+        return (self.new.seconds if self.new else 0.0) - (self.base.seconds if self.base else 0.0)
 
 
 def differences(base: Sequence[Row], new: Sequence[Row]) -> list[Difference]:
     """What became of each kernel, the largest change of a call's time first."""
     sides = [{(row.name, row.detail): row for row in rows} for rows in (base, new)]
-    found = []
-    for key in dict.fromkeys((*sides[0], *sides[1])):
-        before, after = (side.get(key) for side in sides)
-        change = (after.seconds if after else 0.0) - (before.seconds if before else 0.0)
-        found.append(Difference(*key, before, after, change))
+    keys = dict.fromkeys((*sides[0], *sides[1]))
+    found = [Difference(*key, *(side.get(key) for side in sides)) for key in keys]
     return sorted(found, key=lambda one: -abs(one.change_s))
 
 
@@ -418,8 +419,6 @@ class Profile:
     layers: list[Row]
     places: list[Place]
     gaps: list[Gap]
-    busy_s: float
-    """In which the device worked; on a CPU in which an operator ran."""
     conversion_s: float
     memory: list[tuple[float, int]]
     """Seconds after a call's begin, and bytes of tensors alive from then on."""
@@ -437,6 +436,11 @@ class Profile:
     """Of each kernel, from ncu where it is installed."""
     no_counters: str = ""
     """Why a GPU's kernels have none."""
+
+    @property
+    def busy_s(self) -> float:
+        """In which the device worked; on a CPU in which an operator ran."""
+        return max(0.0, self.profiled_s - sum(gap.seconds for gap in self.gaps))
 
 
 def load(folder: Path) -> Profile:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MANY = 10_000
 PATIENCE_S = 15.0
-"""Two seconds on an idle machine; a machine that is busy with other tests has more to do."""
+"""Not what is wanted, which is three seconds on an idle machine: this one is busy with other tests meanwhile."""
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -83,7 +83,7 @@ def test_kernels_are_added_up_and_those_of_a_layer_are_found_by_who_launched_the
     spans = nested(events)
     found = {row.name: row.seconds for row in layers(spans, launched(events, spans))}
     assert found == pytest.approx({"stem": 6 * MS, "head": 1 * MS})
-    on_cpu = {row.name: row.seconds for row in layers(spans, {})}
+    on_cpu = {row.name: row.seconds for row in layers(spans, None)}
     assert on_cpu == pytest.approx({"stem": 3 * MS, "head": 2 * MS})
 
 

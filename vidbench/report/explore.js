@@ -101,16 +101,16 @@
     const shown = vidbench.rows().filter((row) =>
       Number.isFinite(value(x, row)) && Number.isFinite(value(y, row)) && value(column("status"), row) === "ok");
     const palette = colour ? colours(colour) : new Map();
-    const groups = new Map([...palette.keys()].map((key) => [key, []]));
+    const byColour = new Map([...palette.keys()].map((key) => [key, []]));
     for (const row of shown) {
       const key = colour ? String(value(colour, row) ?? "–") : "";
-      if (!groups.has(key)) groups.set(key, []);
-      groups.get(key).push(row);
+      if (!byColour.has(key)) byColour.set(key, []);
+      byColour.get(key).push(row);
     }
     const trust = column("trust");
     const type = shown.length > MANY ? "scattergl" : "scatter";
     const traces = [];
-    for (const [key, rows] of groups) {
+    for (const [key, rows] of byColour) {
       if (!rows.length) continue;
       traces.push({
         type, mode: "markers", name: key, customdata: rows, hoverinfo: "none",
