@@ -3,6 +3,7 @@
 Not collected by a plain `pytest`; `tox -e docs` runs it.
 """
 
+import html
 import os
 import re
 import shlex
@@ -47,7 +48,7 @@ def test_console(body: str, workplace: Path) -> None:
     for line in body.replace("\\\n", " ").splitlines():
         if not line.startswith("$ vidbench "):
             continue
-        command = [sys.executable, "-m", "vidbench.cli", *shlex.split(line, comments=True)[2:]]
+        command = [sys.executable, "-P", "-m", "vidbench.cli", *shlex.split(line, comments=True)[2:]]
         ended = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, f"{line}\n{ended.stderr}"
 
@@ -57,3 +58,10 @@ def test_links(page: Path) -> None:
     """Every relative link leads to a file."""
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_verdicts_shown_are_those_measured() -> None:
+    (measured,) = ROOT.glob("reports/*/claims/claims.md")
+    page = (ROOT / "docs" / "claims.md").read_text()
+    row = re.compile(r"^\| (?:SUPPORTED|REFUTED|UNDECIDED) \|.*$", re.MULTILINE)
+    assert row.findall(page) == [html.unescape(line) for line in row.findall(measured.read_text())] != []

@@ -1,6 +1,6 @@
 """Runs the steps of a workflow's job as they stand, in a fresh clone of this repository.
 
-    python tests/run_workflow.py .github/workflows/gpu.yml gate BASE=HEAD~1 SUITE=temporal DEVICE=cpu
+    python tests/run_workflow.py .github/workflows/gpu.yml gate BASE=HEAD~1 SUITE=temporal DEVICE=cpu DTYPE=fp32
 
 Steps that use an action are named and passed over; of an `if`, `!cancelled()` is always true. Values of `env` that
 only GitHub knows are given as NAME=VALUE. A failing step fails the job, after the steps that run all the same.

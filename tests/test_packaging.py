@@ -22,7 +22,8 @@ def test_both_packages_are_typed() -> None:
 
 def test_the_reports_page_is_installed_with_its_parts() -> None:
     folder = Path(str(vidbench.__file__)).parent / "report"
-    assert {"page.html.j2", "page.css", "page.js"} <= {path.name for path in folder.iterdir()}
+    assert {"page.html.j2", "page.css", "page.js", "explore.js", "vendored"} <= {path.name for path in folder.iterdir()}
+    assert {path.name for path in (folder / "vendored").iterdir()} == {"plotly-gl2d.min.js", "plotly.LICENSE"}
 
 
 def test_the_command_is_installed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from vidbench.kernel_kinds import lays_out
 from vidbench.records import Measurement
 
 Side = Sequence[Measurement]
@@ -12,9 +13,6 @@ Side = Sequence[Measurement]
 
 NAMED = 3
 """Kernels of a kind that are named; of the rest the number."""
-
-LAYOUT_WORDS = ("nchwtonhwc", "nhwctonchw", "copy_", "copy_kernel", "_copy", "transpose", "reorder", "contiguous")
-"""Parts of names of kernels that do nothing but lay tensors out anew, in lower case."""
 
 CLOCK_DIFFERS = 0.02
 LIMIT_DIFFERS = 0.2
@@ -50,13 +48,13 @@ def _kernels(base: Side, new: Side) -> Iterator[str]:
     if came or went:
         parts = [f"{word} {_listed(names)}" for word, names in (("came", came), ("went", went)) if names]
         yield f"other kernels ran: {'; '.join(parts)}"
-    copies = [sum(count for name, count in kernels.items() if _lays_out(name)) for kernels in (then, now)]
+    copies = [sum(count for name, count in kernels.items() if lays_out(name)) for kernels in (then, now)]
     if copies[0] != copies[1]:
         yield f"copies and changes of layout {copies[0]} → {copies[1]}"
     others = [
         f"{name} {then[name]} → {count}"
         for name, count in now.items()
-        if name in then and then[name] != count and not _lays_out(name)
+        if name in then and then[name] != count and not lays_out(name)
     ]
     if others:
         yield f"how often: {_listed(others)}"
@@ -77,10 +75,6 @@ def _times(name: str, count: int) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
-
-
-def _lays_out(name: str) -> bool:
-    return any(word in name.lower() for word in LAYOUT_WORDS)
 
 
 def _limits(base: Side, new: Side) -> Iterator[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ import typer
 import vidbench
 from vidbench import cli_claims, cli_compare, cli_inspect, cli_training
 from vidbench.progress import Bar
-from vidbench.sweep import AXES, RequestError, Value, parse_axes
+from vidbench.sweep import AXES, RequestError
 
 if TYPE_CHECKING:
     from vidbench.engine import Progress
@@ -80,18 +81,12 @@ def _options(
 @app.command()
 def sweep(
     suite: Annotated[str, typer.Argument(help="quick, conv3d, conv2plus1d, depthwise, temporal, models or full.")],
-    axis: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, such as clip_length=8,16. `vidbench list axes`."),
-    ] = None,
-    implementation: Annotated[str | None, typer.Option(help="Only these, such as library,compiled.")] = None,
-    mode: Annotated[str | None, typer.Option(help="forward, train, stream; several with commas.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, fp16, bf16; several with commas.")] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A model instead of the suite's; package.module:factory measures yours."),
-    ] = None,
+    axis: cli_compare.Axis = None,
+    implementation: cli_compare.Implementation = None,
+    mode: cli_compare.Mode = None,
+    device: cli_compare.Device = None,
+    dtype: cli_compare.Dtype = None,
+    model: cli_compare.Model = None,
     video: Annotated[
         Path | None, typer.Option("--input", metavar="VIDEO", help="Take the models' clips from a video file.")
     ] = None,
@@ -112,15 +107,12 @@ def sweep(
     if resume and out is None:
         raise RequestError("--resume needs --out DIR: the folder to go on with")
     out = out or new_folder(suite)
-    texts = list(axis or [])
-    given = {"implementation": implementation, "mode": mode, "device": device, "dtype": dtype}
-    texts += [f"{name}={value}" for name, value in given.items() if value is not None]
     show = Show(sys.stderr)
     try:
         done = runs(
             suite,
             engine=engine.value,
-            axes=_axes(texts),
+            axes=cli_compare.axes_of(axis, implementation=implementation, mode=mode, device=device, dtype=dtype),
             models=model or (),
             rounds=rounds,
             out=out,
@@ -144,15 +136,6 @@ def sweep(
         counts = Counter(measurement.status for measurement in run.measurements)
         typer.echo(f"{run.folder}: {', '.join(f'{number} {status}' for status, number in counts.items())}")
     typer.echo(f"next: vidbench report {' '.join(str(run.folder) for run in done)}")
-
-
-def _axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
-    """Axes, of which none may be given twice."""
-    texts = list(texts)
-    axes = parse_axes(texts)
-    if len(axes) < len(texts):
-        raise RequestError(f"an axis is given twice in {' '.join(texts)}: join its values with commas")
-    return axes
 
 
 @app.command()
@@ -427,6 +410,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # the name of a folder may be any bytes
+    sys.path.append(os.getcwd())  # where a user's own models lie, as for the processes that measure
     try:
         app()
     except SystemExit as end:

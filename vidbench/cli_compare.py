@@ -18,6 +18,7 @@ from vidbench.sweep import RequestError, parse_axes
 if TYPE_CHECKING:
     from vidbench.gate import Step
     from vidbench.results import Run
+    from vidbench.sweep import Value
 
 
 class ComparisonFormat(StrEnum):
@@ -34,6 +35,25 @@ class ListFormat(StrEnum):
 
     text = "text"
     json = "json"
+
+
+Axis = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, such as clip_length=8,16. `vidbench list axes`."),
+]
+Implementation = Annotated[str | None, typer.Option(help="Only these, such as library,compiled; `all` there are.")]
+Mode = Annotated[str | None, typer.Option(help="forward, train, stream; several with commas.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str | None, typer.Option(help="fp64, fp32, tf32, fp16, bf16; several with commas.")]
+Model = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A model instead of the suite's; package.module:factory measures yours."),
+]
+
+
+def axes_of(axis: list[str] | None, **given: str | None) -> dict[str, tuple[Value, ...]]:
+    """What --axis says, and the options that are axes by another name."""
+    return parse_axes([*(axis or ()), *(f"{name}={value}" for name, value in given.items() if value is not None)])
 
 
 FormatOption = Annotated[ComparisonFormat, typer.Option("--format", help="text, markdown, json or junit.")]
@@ -68,16 +88,22 @@ def compare(
 def gate(
     base: Annotated[str, typer.Option("--base", metavar="REV", help="The revision to compare with, as git names it.")],
     suite: Annotated[str, typer.Argument(help="Of `vidbench list suites`.")] = "quick",
-    axis: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=V[,V…]", help="Values of an axis, as of `vidbench sweep`.")
-    ] = None,
+    axis: Axis = None,
+    implementation: Implementation = None,
+    mode: Mode = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    model: Model = None,
     budget: Annotated[float, typer.Option(min=0.0, help="Minutes for the rounds; six are always taken.")] = 20.0,
     out: Annotated[Path | None, typer.Option(help="Folder for both runs; default: runs/<utc>-gate.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what lies in --out.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a point is given up.")] = 600.0,
     output: FormatOption = ComparisonFormat.text,
 ) -> None:
-    """Measure a base revision and this one in turn and judge; exit code 1 if anything became worse."""
+    """Measure a base revision and this one in turn and judge; exit code 1 if anything became worse.
+
+    In a repository of your own, name what of it is measured: --model package.module:factory.
+    """
     from vidbench.compare_text import FORMATS
     from vidbench.gate import gate as run
 
@@ -87,9 +113,17 @@ def gate(
     bar = Bar(sys.stderr)
     try:
         found = run(
-            base, suite, out=folder, axes=parse_axes(axis or ()), budget_s=60 * budget, timeout_s=timeout,
-            resume=resume, command=shlex.join(["vidbench", *sys.argv[1:]]), progress=lambda step: _tell(bar, step),
-        )  # fmt: skip
+            base,
+            suite,
+            out=folder,
+            axes=axes_of(axis, implementation=implementation, mode=mode, device=device, dtype=dtype),
+            models=model or (),
+            budget_s=60 * budget,
+            timeout_s=timeout,
+            resume=resume,
+            command=shlex.join(["vidbench", *sys.argv[1:]]),
+            progress=lambda step: _tell(bar, step),
+        )
     except KeyboardInterrupt:
         typer.echo(f"vidbench: interrupted; what was measured is kept: add --resume --out {folder} to go on", err=True)
         raise typer.Exit(130) from None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vidbench.cli_compare import axes_of
 from vidbench.cli_training import As, Device, Output
-from vidbench.sweep import DEVICES, RequestError, parse_axes, unknown
+from vidbench.sweep import DEVICES, RequestError, unknown
 
 if TYPE_CHECKING:
     from vidbench.doctor import Finding
@@ -79,7 +80,7 @@ def profile(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="OTHER", help="Which kernels changed from OTHER: an implementation, a point, or a profile's folder."
+            metavar="OTHER", help="What changed from OTHER: an implementation, a point, or a profile's folder."
         ),
     ] = None,
     video: Annotated[
@@ -98,28 +99,24 @@ def profile(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read with torch: it would tell of every start and stop
     from vidbench.report.profile_page import against_text, render, text
     from vidbench.suites import point_named
-    from vidbench.traces import PAGE, SUMMARY, load
+    from vidbench.traces import PAGE, load
 
-    texts = list(axis or [])
-    given = {"implementation": implementation, "mode": mode, "device": device, "dtype": dtype}
-    axes = parse_axes([*texts, *(f"{name}={value}" for name, value in given.items() if value is not None)])
+    axes = axes_of(axis, implementation=implementation, mode=mode, device=device, dtype=dtype)
     if out is not None and run is not None:
         raise RequestError("--run says where the page lies, as --out does: give one or the other")
+    new = _fed(point_named(point, axes), video)
+    folder = _kept_with(run, new) if run is not None else out
+    folder = folder or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-profile"
     clips = None if video is None else str(video)
-    new = point_named(point, axes)
-    if run is not None:
-        from vidbench.report import profile_folder
-        from vidbench.results import load as load_run
-
-        folder = profile_folder(load_run(run), new.key)
-    else:
-        folder = out or Path("runs") / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-profile"
     base = None
-    if against is not None and not (Path(against) / SUMMARY).exists():
+    if against is not None:
         other = _other(against, new, axes)
-        base = _take(other, folder / "against", clips, tensorboard)
-    elif against is not None:
-        base = load(Path(against))
+        if isinstance(other, Path):
+            base = load(other)
+        elif (other := _fed(other, video)).key == new.key:
+            raise RequestError(f"--against {against} names the same point: {new.key}")
+        else:
+            base = _take(other, folder / "against", clips, tensorboard)
     found = _take(new, folder, clips, tensorboard)
     page = folder / PAGE
     try:
@@ -135,14 +132,49 @@ def profile(
     typer.echo(f"\n{page}")
 
 
-def _other(text: str, point: Point, axes: dict[str, tuple[Value, ...]]) -> Point:
-    """What a point is held against: another implementation of it, or another point."""
+def _fed(point: Point, video: Path | None) -> Point:
+    """The point with the video that its clips come from as a part of its key, as a sweep has it."""
+    if video is None:
+        return point  # `take` refuses one that needs a video
+    from vidbench.data.video import probe
+    from vidbench.models import spec_of
+
+    if point.kind == "op" or (point.kind == "model" and "features" in spec_of(point.workload).inputs):
+        raise RequestError(f"--input gives clips to models and stages, and {point.workload} takes none: leave it out")
+    probe(video)
+    return replace(point, case={**point.case, "video": video.name})
+
+
+def _kept_with(run: Path, point: Point) -> Path:
+    """Where a point's profile lies in a run."""
+    from vidbench.report import profile_folder
+    from vidbench.results import load
+
+    found = load(run)
+    if all(one.point.key != point.key for one in found.measurements):
+        raise RequestError(f"{run} has no point {point.key}: take a key of its report, or --out for the page alone")
+    return profile_folder(found, point.key)
+
+
+def _other(text: str, point: Point, axes: dict[str, tuple[Value, ...]]) -> Point | Path:
+    """What a point is held against: a profile's folder, another implementation of it, or another point."""
     from vidbench.suites import point_named
+    from vidbench.traces import SUMMARY
     from vidbench.workload import implementations
 
+    if os.path.exists(Path(text) / SUMMARY):
+        return Path(text)
     if text in implementations(point.workload, point.kind):
         return replace(point, implementation=text)
-    return point_named(text, axes)
+    if os.path.isdir(text):
+        return Path(text)  # which `load` refuses
+    if "/" in text:
+        return point_named(text, {})  # a key says all of itself
+    given = {name: values for name, values in axes.items() if name != "implementation"}
+    other = point_named(text, given)
+    if "implementation" in axes and axes["implementation"][0] in implementations(other.workload, other.kind):
+        other = replace(other, implementation=str(axes["implementation"][0]))
+    return other
 
 
 def _take(point: Point, folder: Path, video: str | None, tensorboard: Path | None) -> Profile:

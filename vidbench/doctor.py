@@ -25,6 +25,7 @@ from vidbench.gate import WANTED_ROUNDS
 from vidbench.noise import Noise, noise, tells
 from vidbench.nvml import Settings, watch
 from vidbench.records import DeviceState, Trust
+from vidbench.sweep import RequestError
 from vidbench.timing import clock_step_s
 from vidbench.trust import HARD_LIMITS, SOFT_LIMITS
 
@@ -42,14 +43,20 @@ EXTRAS: Mapping[str, tuple[tuple[str, ...], str]] = {
 SLOWING: Mapping[str, str] = {
     "TRITON_INTERPRET": "Triton's kernels are interpreted, thousands of times slower",
     "CUDA_LAUNCH_BLOCKING": "every launch waits for the one before",
-    "NVIDIA_TF32_OVERRIDE": "what is called fp32 may be TF32, or TF32 fp32",
+    "NVIDIA_TF32_OVERRIDE": "0 makes fp32 of what is called TF32, 1 TF32 of what is called fp32",
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor is allocated by the driver",
     "TORCH_COMPILE_DISABLE": "the implementation `compiled` is not compiled",
 }
 """Variables of the environment that change what is measured, where they are set to anything but 0."""
 
+SLOWING_AT_0 = ("NVIDIA_TF32_OVERRIDE",)
+"""Of these, those that 0 does not switch off."""
+
 BUSY = 0.1
-"""Processors that others may use before they are felt."""
+"""Processors that others may use, of those that this process needs, before they are felt."""
+
+CROWDED = 0.25
+"""Of all processors: others who use more take memory bandwidth and clocks, whichever processors they are on."""
 
 LEAST_MEMORY = 2 * 2**30
 HOT_C = 80.0
@@ -101,7 +108,7 @@ def software(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
             "conda install git, or apt-get install git",
         )  # fmt: skip
     for name, effect in SLOWING.items():
-        if environ.get(name, "0") not in ("0", ""):
+        if environ.get(name, "") not in ("", *(() if name in SLOWING_AT_0 else ("0",))):
             yield Finding("software", name, "poor", f"{name}={environ[name]}: {effect}", f"unset {name}")
 
 
@@ -131,18 +138,19 @@ def processor(root: Path = Path("/"), threads: int | None = None) -> Iterator[Fi
         threads: That torch computes with; None asks it.
     """
     threads = torch.get_num_threads() if threads is None else threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(_allowed())
     info = _read(root / "proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     of = f"{cores} of {psutil.cpu_count() or cores} processors, {threads} threads"
     yield Finding("processor", "processor", "good", f"{name[1] if name else platform.machine()}: {of}")
     quota = _quota(root)
-    if quota is not None and quota < cores:
-        fewer = max(1, math.floor(quota))
+    if quota is not None and quota < min(cores, threads):
+        fewer = f"OMP_NUM_THREADS={math.floor(quota)} vidbench …, or " if quota >= 1 else ""
         yield Finding(
             "processor", "container", "poor",
-            f"the container may use {quota:g} of {cores} processors: threads are stopped in the middle of a call",
-            f"OMP_NUM_THREADS={fewer} vidbench …, or start the container with --cpuset-cpus instead of --cpus",
+            f"the container may use {quota:g} of {cores} processors: {threads} threads are stopped in the middle of a "
+            "call",
+            f"{fewer}start the container with --cpuset-cpus instead of --cpus",
         )  # fmt: skip
     if threads > cores:
         yield Finding(
@@ -166,6 +174,11 @@ def processor(root: Path = Path("/"), threads: int | None = None) -> Iterator[Fi
             "processor", "clock", "poor", f"it moves in steps of {step:.2g} s: short calls cannot be timed one by one",
             "use the hot regime, whose samples hold several calls",
         )  # fmt: skip
+
+
+def _allowed() -> set[int]:
+    """The processors that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _clocks(root: Path) -> Iterator[Finding]:
@@ -207,10 +220,9 @@ def memory(root: Path = Path("/"), available: int | None = None) -> Iterator[Fin
     """How much there is, what of it is free, and a container's limit."""
     ram = psutil.virtual_memory()
     total, free = ram.total, ram.available if available is None else available
-    limit = _read(root / "sys/fs/cgroup/memory.max")
-    if limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        free = min(free, total - int(_read(root / "sys/fs/cgroup/memory.current") or 0))
+    limit, used = _container_memory(root)
+    if limit is not None and limit < total:
+        total, free = limit, min(free, max(0, limit - used))
     found = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free, last cache {cache_bytes('cpu') / 2**20:.0f} MiB"
     if free < LEAST_MEMORY:
         yield Finding(
@@ -221,12 +233,25 @@ def memory(root: Path = Path("/"), available: int | None = None) -> Iterator[Fin
         yield Finding("memory", "memory", "good", found)
 
 
+def _container_memory(root: Path) -> tuple[int | None, int]:
+    """A container's limit, None where there is none, and what it uses besides files that the kernel would let go."""
+    v2, v1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory"
+    for limit_at, used_at, stat_at, cached in (
+        (v2 / "memory.max", v2 / "memory.current", v2 / "memory.stat", "inactive_file"),
+        (v1 / "memory.limit_in_bytes", v1 / "memory.usage_in_bytes", v1 / "memory.stat", "total_inactive_file"),
+    ):
+        if (limit := _read(limit_at)).isdigit():
+            files = re.search(rf"^{cached} (\d+)$", _read(stat_at), re.MULTILINE)
+            return int(limit), max(0, int(_read(used_at) or 0) - (int(files[1]) if files else 0))
+    return None, 0
+
+
 @dataclass(frozen=True)
 class Load:
     """What others do with the processors while nothing is measured."""
 
     processors: float
-    """In use, of all."""
+    """In use, of those that this process may use."""
     names: tuple[str, ...] = ()
     """Of the busiest processes."""
 
@@ -237,10 +262,10 @@ def load(seconds: float = 1.0) -> Load:
     processes = [one for one in psutil.process_iter() if one.pid not in mine]
     for one in processes:
         _percent(one)
-    share = psutil.cpu_percent(interval=seconds) / 100
+    percents = psutil.cpu_percent(interval=seconds, percpu=True)
     used = sorted(((_percent(one) / 100, one) for one in processes), key=lambda pair: pair[0], reverse=True)
     names = tuple(f"{_name(one)} ({busy:.0%})" for busy, one in used[:3] if busy > BUSY / 2)
-    return Load(share * (psutil.cpu_count() or 1), names)
+    return Load(sum(percent for number, percent in enumerate(percents) if number in _allowed()) / 100, names)
 
 
 def _percent(process: psutil.Process) -> float:
@@ -257,13 +282,21 @@ def _name(process: psutil.Process) -> str:
         return f"process {process.pid}"
 
 
-def others(found: Load) -> Iterator[Finding]:
-    """Whether anybody else is at work."""
-    if found.processors > BUSY:
+def others(found: Load, threads: int | None = None) -> Iterator[Finding]:
+    """Whether anybody else is at work, where it is felt.
+
+    Args:
+        found: What they use.
+        threads: That torch computes with; None asks it. What these leave free is the others' without harm.
+    """
+    threads = torch.get_num_threads() if threads is None else threads
+    cores = len(_allowed())
+    felt = found.processors - max(0, cores - threads)
+    if felt > BUSY or found.processors > CROWDED * cores:
         who = f": {', '.join(found.names)}" if found.names else ", in no process that is seen from here"
         yield Finding(
-            "processor", "others at work", "fair" if found.processors < 5 * BUSY else "poor",
-            f"others use {found.processors:.1f} processors{who}", "end them, or measure when they are done",
+            "processor", "others at work", "poor" if felt >= 5 * BUSY else "fair",
+            f"others use {found.processors:.1f} of {cores} processors{who}", "end them, or measure when they are done",
         )  # fmt: skip
 
 
@@ -275,22 +308,34 @@ def gpu(root: Path = Path("/")) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield _no_gpu(root)
         return
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        # With a context this process is among those that NVML lists, so that it is known which of them are others.
+        torch.empty(1, device="cuda")
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    except RuntimeError as problem:
+        yield Finding(
+            "GPU", "GPU", "poor", f"torch cannot use it: {_first_line(problem)}",
+            "see nvidia-smi for who has it, its memory and its compute mode; or another: CUDA_VISIBLE_DEVICES=1",
+        )  # fmt: skip
+        return
     yield Finding(
         "GPU", "GPU", "good",
         f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}, "
         f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}",
     )  # fmt: skip
     watched = watch("cuda")
-    if watched is None:
-        yield Finding(
-            "GPU", "state", "fair", "clocks, power, throttling and other processes are not told: no nvidia-ml-py",
-            'pip install "vidbench[gpu]"',
-        )  # fmt: skip
-    else:
+    untold = "clocks, power, throttling and other processes are not told"
+    if watched is not None:
         watched.look()
         yield from gpu_state(watched.state())
         yield from gpu_settings(watched.settings())
+    elif _importable("pynvml"):
+        yield Finding(
+            "GPU", "state", "fair", f"{untold}: NVML does not start, or does not know this GPU",
+            "see whether nvidia-smi lists it; a container needs the driver's libnvidia-ml.so.1",
+        )  # fmt: skip
+    else:
+        yield Finding("GPU", "state", "fair", f"{untold}: no nvidia-ml-py", 'pip install "vidbench[gpu]"')
     if shutil.which("ncu") is None:
         yield Finding(
             "GPU", "counters", "good", "no ncu: `vidbench profile` tells times, not what bounds a kernel",
@@ -301,6 +346,10 @@ def gpu(root: Path = Path("/")) -> Iterator[Finding]:
             "GPU", "counters", "good", "the driver keeps its counters for root: ncu will not see them",
             "with root: options nvidia NVreg_RestrictProfilingToAdminUsers=0 in /etc/modprobe.d",
         )  # fmt: skip
+
+
+def _first_line(problem: Exception) -> str:
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)
 
 
 def _no_gpu(root: Path) -> Finding:
@@ -318,13 +367,19 @@ def _no_gpu(root: Path) -> Finding:
     return Finding("GPU", "GPU", "good", "none: CUDA points are skipped, with that reason")
 
 
+COOLING = {"hw_thermal", "sw_thermal"}
+"""Limits of the clock that heat brings."""
+
+
 def gpu_state(state: DeviceState) -> Iterator[Finding]:
     """What holds the GPU back right now, and who else is on it."""
     for limit in (*HARD_LIMITS, *SOFT_LIMITS):
         if state.clock_limits.get(limit):
             yield Finding(
                 "GPU", "throttling", "poor" if limit in HARD_LIMITS else "fair",
-                f"its clock is held down ({limit})", "let it cool, or use another: CUDA_VISIBLE_DEVICES=1",
+                f"its clock is held down ({limit})",
+                ("let it cool" if limit in COOLING else "ask who runs the machine about its power supply and cooling")
+                + ", or use another: CUDA_VISIBLE_DEVICES=1",
             )  # fmt: skip
     if state.temperature_c is not None and state.temperature_c > HOT_C:
         yield Finding(
@@ -372,8 +427,8 @@ def of_noise(found: Noise) -> Iterator[Finding]:
     )  # fmt: skip
     yield Finding(
         "noise", "what a gate tells", "good",
-        f"{WANTED_ROUNDS} rounds of `vidbench gate` tell a change of {tells(found, WANTED_ROUNDS):.1%} on one of ten "
-        "such points from none",
+        f"{WANTED_ROUNDS} rounds of `vidbench gate` find a change of {tells(found, WANTED_ROUNDS):.1%} on one of ten "
+        "such points nine times in ten",
     )  # fmt: skip
     if found.steal > 0.02:
         yield Finding(
@@ -387,12 +442,13 @@ def examine(device: str, *, noisy: bool = True) -> list[Finding]:
 
     Args:
         device: What noise is measured on, cpu or cuda.
-        noisy: Whether noise is measured.
-
-    Raises:
-        RequestError: The device is not there.
+        noisy: Whether noise is measured; where it cannot be, that is a finding.
     """
     found = [*software(), *processor(), *others(load()), *memory(), *gpu()]
     if noisy:
-        found += of_noise(noise(device))
+        try:
+            found += of_noise(noise(device))
+        except RequestError as why:
+            remedy = "see what is said of the GPU" if device == "cuda" else "see what is said above"
+            found.append(Finding("noise", "noise", "poor", f"it cannot be measured on {device}: {why}", remedy))
     return found

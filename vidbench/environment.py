@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import math
 import os
 import platform
@@ -193,6 +195,19 @@ def _driver() -> str | None:
     """The driver's version, from the kernel module."""
     module = Path("/sys/module/nvidia/version")
     return module.read_text().strip() if module.exists() else None
+
+
+def sources(checkout: Path | None = None) -> str:
+    """A digest of vidbench and vidkernels as they are installed, or lie in a checkout."""
+    found = hashlib.sha256()
+    for package, place in (("vidbench", "vidbench"), ("vidkernels", "kernels/vidkernels")):
+        spec = importlib.util.find_spec(package)
+        installed = map(Path, spec.submodule_search_locations or ()) if spec else ()
+        for root in installed if checkout is None else (checkout / place,):
+            for path in sorted(root.rglob("*")):
+                if path.suffix in (".py", ".cu", ".json"):
+                    found.update(f"{package}/{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def _git() -> tuple[str | None, bool | None]:

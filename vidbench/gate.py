@@ -21,7 +21,15 @@ from vidbench.compare import FALSE_DISCOVERY_RATE, Comparison, compare
 from vidbench.engine import devices
 from vidbench.engine.local import LocalEngine, Work, in_turn
 from vidbench.records import Environment, Measurement
-from vidbench.revision import checkout, environment_of, git, points_of
+from vidbench.revision import (
+    checkout,
+    environment_of,
+    git,
+    is_vidbench,
+    points_of,
+    require_installed,
+    timed_points,
+)
 from vidbench.suites import Axes, plan
 from vidbench.sweep import Point, RequestError
 
@@ -76,6 +84,7 @@ def gate(
     *,
     out: Path,
     axes: Axes | None = None,
+    models: Sequence[str] = (),
     budget_s: float = 1200.0,
     seconds: float | None = None,
     timeout_s: float = 600.0,
@@ -85,13 +94,15 @@ def gate(
 ) -> Gated:
     """Measures a base revision and what is installed, in turn, until every point is decided or the budget is spent.
 
-    Points that a look decides are measured no more. A gate that was killed goes on where it was.
+    Points that a look decides are measured no more. A gate that was killed goes on where it was. In this repository the
+    base supplies vidkernels and the models; in any other both sides supply the `package.module:factory` of `models`.
 
     Args:
         revision: The base, as git names it.
         suite: Name of a suite; its points in both revisions are compared, so that one that was deleted is missed.
         out: Folder for the runs of both sides.
         axes: Values that replace the suite's own.
+        models: Models instead of the suite's own.
         budget_s: Rounds after the first look are taken as long as they fit into so many seconds.
         seconds: The most for sampling one point in one round; None takes the suite's own.
         timeout_s: A point that takes longer to be prepared, or for one sample, is given up, with its worker.
@@ -100,22 +111,36 @@ def gate(
         progress: Told of every measurement.
 
     Raises:
-        RequestError: No such revision or suite; or `out` holds something else, or is in use.
+        RequestError: No such revision or suite; `out` holds something else, or is in use; or what is installed is not
+            the head.
     """
-    planned = plan(suite, axes=axes)
+    planned = plan(suite, axes=axes, model_names=models)
     seconds = seconds or planned.seconds
     commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
-    with _Journal(out, resume=resume) as journal, checkout(commit, out) as source, ExitStack() as stack:
-        ours = {point.key: point for sweep in planned.sweeps for point in sweep.points() if point.kind != "task"}
-        theirs = points_of(source, suite, axes or {})
+    repository = Path(git("rev-parse", "--show-toplevel"))
+    own = is_vidbench(repository)
+    if own:
+        require_installed(repository)
+    elif not any(":" in name for name in models):
+        raise RequestError(
+            f"{repository} is not vidbench's repository, so both revisions of {suite!r} would be the same: "
+            "name what of it is measured, by --model package.module:factory"
+        )
+    with _Journal(out, resume=resume) as journal, checkout(commit, out) as tree, ExitStack() as stack:
+        ours = {point.key: point for point in timed_points(suite, axes or {}, models)}
+        theirs = points_of(tree, suite, axes or {}, models) if own else ours
+        if not (ours or theirs):
+            raise RequestError(f"{suite!r} has none of these implementations: see `vidbench list implementations`")
+        within = Path.cwd().resolve().relative_to(repository.resolve())
+        sources = (tree, None) if own else (tree / within, Path.cwd())
         points = ours | theirs
         device, dtypes = devices(points.values())
-        python = environment_of(source, out)
+        python = environment_of(tree, repository, out) if own else None
         engines = {
             name: stack.enter_context(
                 LocalEngine(
                     timeout_s=timeout_s,
-                    source=None if name == "head" else source,
+                    source=sources[name == "head"],
                     python=None if name == "head" else python,
                     takes_turns=True,
                 )

@@ -93,14 +93,14 @@ METRICS: dict[str, Metric] = {
         Metric("top1_accuracy", "", "higher", "top-1 accuracy"),
         Metric("chance_accuracy", "", None, "top-1 accuracy of guessing"),
         Metric("energy_j", "J", "lower", "energy per call"),
+        Metric("cold_start_s", "s", "lower", "first call, compilation and all"),
     )
 }  # fmt: skip
 """Every figure of a frame, by its column. `flops = 2 × macs` is defined here and nowhere else."""
 
 _INTEGERS = ("rounds", "samples", "macs", "flops", "params", "bytes_moved", "peak_memory_bytes")
-_NOT_CASE = frozenset(
-    (*RUN_COLUMNS, "point", *POINT_COLUMNS, "task", "rounds", "status", "reason", *METRICS, "trust", "trust_reasons")
-)
+_LAST = ("trust", "trust_reasons", "uncounted")
+_NOT_CASE = frozenset((*RUN_COLUMNS, "point", *POINT_COLUMNS, "task", "rounds", "status", "reason", *METRICS, *_LAST))
 _ACCURACY_KEYS = ("workload", "clip_length", "height", "width", "width_multiplier")
 
 
@@ -117,7 +117,7 @@ def frame(measurements: Sequence[Measurement], *, run_id: str, suite: str) -> pd
     logs of those medians, since the process is the unit that varies; with one round the distribution-free interval
     of the samples' median, NA under six samples. An error that is not a number is inf. `top1_accuracy` of a row that
     is no evaluation is the mean over the evaluations of its workload at its clip length, frame size and
-    `width_multiplier` (NA is 1); NA where they are of several tasks.
+    `width_multiplier` (NA is 1); NA where they are of several tasks. `uncounted` names what the multiply-adds lack.
     """
     import pandas as pd
 
@@ -138,7 +138,7 @@ def frame(measurements: Sequence[Measurement], *, run_id: str, suite: str) -> pd
         if metric.derive is not None:
             table[metric.name] = metric.derive(*(table[name] for name in metric.of))
     table = _merge_accuracy(table)
-    order = (*head, *cases, *SIZE_COLUMNS, "status", "reason", *METRICS, "trust", "trust_reasons")
+    order = (*head, *cases, *SIZE_COLUMNS, "status", "reason", *METRICS, *_LAST)
     return table[list(order)].astype(dict.fromkeys(_INTEGERS, "Int64"))
 
 
@@ -232,6 +232,10 @@ def _merge_rounds(measurements: Sequence[Measurement], index: Sequence[int], cou
         "top1_accuracy": nullable(merged((a.top1 if a else None for a in accuracies), "mean"), ok),
         "chance_accuracy": nullable(merged((a.chance if a else None for a in accuracies), "mean")),
         "energy_j": nullable(merged((m.energy_j for m in measurements), "median"), ok),
+        "cold_start_s": nullable(merged((m.cold_start_s for m in measurements), "median"), ok),
+        "uncounted": _first_text(
+            ["; ".join(m.counts.uncounted) or None if m.counts else None for m in measurements], index, count
+        ),
         "ceiling_flops_per_s": nullable(
             merged((m.ceilings.flops_per_s if m.ceilings else None for m in measurements), "median")
         ),

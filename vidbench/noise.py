@@ -115,7 +115,15 @@ def noise_of(times: Mapping[tuple[str, str], list[list[float]]], device: str, st
     return Noise(device, sample, process, turn, share, count)
 
 
+FOUND = 0.9
+"""Share of the gates that are to find a change that is said to be told."""
+
+
 def tells(found: Noise, rounds: int, points: int = 10) -> float:
-    """The smallest change of one of so many points that a gate tells from none after so many rounds, as a share."""
+    """The smallest change of one of so many points that a gate finds nine times in ten, after so many rounds.
+
+    What is just significant is found every other time: the noise may as well lessen it.
+    """
     effect = Effect(0.0, found.turn / math.sqrt(rounds), rounds - 1)
-    return ratio_of(effect.half_width(1 - FALSE_DISCOVERY_RATE / len(LOOKS) / points)) - 1
+    significant = effect.half_width(1 - FALSE_DISCOVERY_RATE / len(LOOKS) / points)
+    return ratio_of(significant + effect.half_width(2 * FOUND - 1)) - 1

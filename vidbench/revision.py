@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
 import vidbench
+from vidbench.environment import sources
 from vidbench.suites import Axes
 from vidbench.sweep import Point, RequestError
 
@@ -45,10 +47,6 @@ def checkout(commit: str, out: Path) -> Iterator[Path]:
     git("worktree", "prune")
     git("worktree", "add", "--detach", str(place), commit)
     try:
-        if not (place / "kernels" / "vidkernels").is_dir() or not (place / "vidbench" / "suites.py").is_file():
-            raise RequestError(
-                f"revision {commit[:12]} has no kernels/vidkernels or no vidbench: nothing to compare with"
-            )
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -56,25 +54,75 @@ def checkout(commit: str, out: Path) -> Iterator[Path]:
             git("worktree", "prune")
 
 
-_LIST_POINTS = """
+def is_vidbench(checkout: Path) -> bool:
+    """Whether a checkout is this repository's, or a fork's."""
+    return (checkout / "kernels" / "vidkernels").is_dir() and (checkout / "vidbench" / "suites.py").is_file()
+
+
+def require_installed(checkout: Path) -> None:
+    """A gate measures what is installed and calls it the head: they have to be the same.
+
+    Raises:
+        RequestError: They are not.
+    """
+    if sources() != sources(checkout):
+        raise RequestError(
+            f"the vidbench that runs is not that of {checkout}: install it again (pip install -c constraints.txt .), "
+            "or once with -e"
+        )
+
+
+def timed_points(suite: str, axes: Axes, models: Sequence[str]) -> list[Point]:
+    """What a suite times, with those of the implementations asked for that a workload has; the base runs this as well.
+
+    Raises:
+        RequestError: As `plan`; a suite that is not there has no points.
+    """
+    from vidbench.suites import SUITES, plan
+    from vidbench.workload import implementations
+
+    if suite not in SUITES:
+        return []
+    wanted = axes.get("implementation", ())
+    found: list[Point] = []
+    for sweep in plan(suite, axes={k: v for k, v in axes.items() if k != "implementation"}, model_names=models).sweeps:
+        if sweep.kind == "task":
+            continue
+        if wanted:
+            has = implementations(sweep.workload, sweep.kind)
+            every = [name for name in has if name != "reference"]
+            mine = every if "all" in wanted else [name for name in wanted if name in has]
+            if not mine:
+                continue
+            sweep = sweep.override({"implementation": tuple(mine)})
+        found.extend(sweep.points())
+    return found
+
+
+_LIST_POINTS = f"""
+from __future__ import annotations
 import json, sys
 from dataclasses import asdict
-from vidbench.suites import SUITES, plan
-axes = {
+
+{inspect.getsource(timed_points)}
+axes = {{
     name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
     for name, values in json.loads(sys.argv[2]).items()
-}
-points = [] if sys.argv[1] not in SUITES else [
-    asdict(point) for sweep in plan(sys.argv[1], axes=axes).sweeps for point in sweep.points() if point.kind != "task"
-]
-print(json.dumps(points))
+}}
+print(json.dumps([asdict(point) for point in timed_points(sys.argv[1], axes, json.loads(sys.argv[3]))]))
 """
 
 
-def points_of(source: Path, suite: str, axes: Axes) -> dict[str, Point]:
-    """The points that a suite has in another checkout."""
+def points_of(source: Path, suite: str, axes: Axes, models: Sequence[str]) -> dict[str, Point]:
+    """What a suite times in another checkout of this repository.
+
+    Raises:
+        RequestError: It is none, or has no such axis or model.
+    """
+    if not is_vidbench(source):
+        raise RequestError("the base revision has no kernels/vidkernels or no vidbench: nothing to compare with")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(source), str(source / "kernels")))}
-    asked = (sys.executable, "-P", "-c", _LIST_POINTS, suite, json.dumps(axes))
+    asked = (sys.executable, "-P", "-c", _LIST_POINTS, suite, json.dumps(axes), json.dumps(list(models)))
     ran = subprocess.run(asked, capture_output=True, text=True, check=False, env=environ, cwd=source)
     if ran.returncode:
         said = ran.stderr.strip().splitlines()
@@ -87,9 +135,9 @@ def points_of(source: Path, suite: str, axes: Axes) -> dict[str, Point]:
     return {point.key: point for point in found}
 
 
-def environment_of(source: Path, out: Path) -> Path | None:
+def environment_of(source: Path, repository: Path, out: Path) -> Path | None:
     """The base's own interpreter where it is tested with other versions than head; None where they are the same."""
-    theirs, ours = source / "constraints.txt", Path(git("rev-parse", "--show-toplevel")) / "constraints.txt"
+    theirs, ours = source / "constraints.txt", repository / "constraints.txt"
     if not theirs.exists() or not ours.exists() or theirs.read_bytes() == ours.read_bytes():
         return None
     folder = out / "environment"

@@ -220,7 +220,7 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
     """`["clip_length=8,16", "dtype=bf16"]` as axes.
 
     Raises:
-        RequestError: No `=`, an unknown axis, or a value that is none of its.
+        RequestError: No `=`, an unknown axis, one that is given twice, or a value that is none of its.
     """
     axes: dict[str, tuple[Value, ...]] = {}
     for text in texts:
@@ -229,5 +229,7 @@ def parse_axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:
             raise RequestError(f"--axis {text!r} is not name=value[,value…], such as clip_length=8,16")
         if name not in AXES:
             raise unknown("axis", name, AXES)
+        if name in axes:
+            raise RequestError(f"axis {name!r} is given twice: join its values with commas")
         axes[name] = tuple(dict.fromkeys(AXES[name].parse(value.strip()) for value in values.split(",")))
     return axes

@@ -51,7 +51,7 @@ class OwnProcessors:
         used = {thread: seconds - before.get(thread, 0.0) for thread, seconds in _seconds_used().items()}
         busy = sorted(thread for thread, seconds in used.items() if seconds > BUSY * max(used.values()))
         processors = _by_core(self._allowed)
-        fit = 1 < len(busy) <= len(processors) and os.environ.get("VB_PLACE", "1") != "0"
+        fit = 1 < len(busy) <= len(processors)
         self.places = dict(zip(busy, processors, strict=False)) if fit else {}
         """Processor by thread, both as the kernel numbers them."""
 

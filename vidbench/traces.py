@@ -1,4 +1,4 @@
-"""What the events of a profiler say: which operators and kernels, where the time went, what the device waited for.
+"""What the events of a profiler say: which operators and kernels ran, and where the time went; what is kept of it.
 
 Events in, records out: no torch, so that a trace of a GPU is understood, and tested, anywhere.
 """
@@ -6,14 +6,14 @@ Events in, records out: no torch, so that a trace of a GPU is understood, and te
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from vidbench.kernel_kinds import is_operator, lays_out
 from vidbench.run_format import UNDECODABLE
 from vidbench.sweep import RequestError
 
@@ -26,15 +26,22 @@ MEMORY = "[memory]"
 LAYER = "layer "
 """Begins the scope around a module's forward pass."""
 
-WAITING = re.compile(r"cu(da)?(Device|Stream|Event|Ctx)Synchronize")
+WAITING = re.compile(r"cu(da)?((Device|Stream|Event|Ctx)Synchronize|Memcpy(?!\w*Async))")
 ALLOCATING = re.compile(r"cu(da)?(Malloc|Free|HostAlloc|MemAlloc|MemFree)")
-CONVERTING = re.compile(r"nchwTo|nhwcTo|nchwAddPadding|nhwcAddPadding|convertTensor|transpose|reorder", re.IGNORECASE)
-"""Kernels and primitives that change a layout and compute nothing."""
+_DRIVER = re.compile(r"cu(da)?[A-Z]\w*")
 
 COPYING = frozenset(("aten::copy_", "aten::contiguous", "aten::clone", "aten::_to_copy"))
 """Operators that do nothing but copy, most often to change a layout."""
 
-Cause = Literal["Python between operators", "launching", "waiting for the device", "allocating", "the call's end"]
+Cause = Literal[
+    "the device's own, between queued kernels",
+    "a synchronising call",
+    "allocating",
+    "launching",
+    "no operator of torch's ran (Python, autograd, compiled code, other libraries)",
+    "a launch that was not seen",
+    "the call's end",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +54,16 @@ class Event:
     lane: str
     """The thread, or the stream of a device."""
     on_device: bool = False
-    shapes: str = ""
-    """Of the inputs: 1x3x16x112x112, 64x3x3x3x3."""
+    detail: str = ""
+    """Shapes of an operator's inputs (1x3x16x112x112, 64x3x3x3x3), a kernel's name with all its arguments."""
     bytes: int = 0
     """Of a `[memory]` event: how much is alive from here on more than before."""
     id: int = 0
+    """Of an operator or a scope, as torch counts them."""
     launched_by: int = 0
     """Id of the operator that launched it."""
+    launch: int = 0
+    """What a call of the driver's and the kernel that it launched have in common: CUPTI's number, not torch's."""
 
     @property
     def end_s(self) -> float:
@@ -86,12 +96,12 @@ class Row:
     calls: int
     seconds: float
     detail: str = ""
-    """Shapes of an operator, the algorithm of a primitive."""
+    """Shapes of an operator, the algorithm of a primitive, a kernel's name with all its arguments."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Time of a call in which the device had nothing to do, by cause."""
+    """Time of a call in which the device had nothing to do, by cause; see `vidbench.idle`."""
 
     cause: Cause
     count: int
@@ -127,14 +137,14 @@ def calls(events: Sequence[Event]) -> list[Event]:
     return sorted((one for one in events if one.name == CALL and not one.on_device), key=lambda one: one.start_s)
 
 
-def is_operator(name: str) -> bool:
-    """Whether a thread's event is an operator of torch's, rather than a scope or the driver's."""
-    return re.fullmatch(r"[a-zA-Z_]\w*::[\w.]+", name) is not None
+def is_driver_call(name: str) -> bool:
+    """Whether a thread's event is a call of CUDA's runtime or driver."""
+    return _DRIVER.fullmatch(name) is not None
 
 
 def operators(spans: Sequence[Span]) -> list[Row]:
     """Operators by name and shapes, the longest first; what lies within others is theirs alone."""
-    return _rows((one.event.name, one.event.shapes, one.self_s) for one in spans if is_operator(one.event.name))
+    return _rows((one.event.name, one.event.detail, one.self_s) for one in spans if is_operator(one.event.name))
 
 
 def _rows(pieces: Iterable[tuple[str, str, float]]) -> list[Row]:
@@ -148,7 +158,7 @@ def _rows(pieces: Iterable[tuple[str, str, float]]) -> list[Row]:
 
 def kernels(events: Iterable[Event]) -> list[Row]:
     """The device's kernels, the longest first."""
-    return _rows((one.name, "", one.duration_s) for one in events if one.is_kernel)
+    return _rows((one.name, one.detail, one.duration_s) for one in events if one.is_kernel)
 
 
 def layers(spans: Sequence[Span], device_s: Mapping[int, float] | None) -> list[Row]:
@@ -167,96 +177,19 @@ def layers(spans: Sequence[Span], device_s: Mapping[int, float] | None) -> list[
 
 
 def launched(events: Iterable[Event], spans: Sequence[Span]) -> dict[int, float]:
-    """Of each span by index, the seconds of the kernels that it and those within it launched."""
+    """Of each span by index, the seconds of the kernels that it and those within it launched.
+
+    Where no operator launched a kernel, as with Triton's, the driver's call lies within the scope that did.
+    """
     by_id = {span.event.id: index for index, span in enumerate(spans) if span.event.id}
+    by_launch = {span.event.launch: index for index, span in enumerate(spans) if span.event.launch}
     found: dict[int, float] = {}
     for one in events:
-        index = by_id.get(one.launched_by, -1) if one.is_kernel else -1
+        index = by_id.get(one.launched_by, by_launch.get(one.launch, -1)) if one.is_kernel else -1
         while index >= 0:
             found[index] = found.get(index, 0.0) + one.duration_s
             index = spans[index].parent
     return found
-
-
-# --- what nobody worked in --------------------------------------------------------------------------------------------
-
-
-def busy(events: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Begin and end of the times covered by any of these intervals."""
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(events):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _free(covered: Sequence[tuple[float, float]], start: float, end: float) -> Iterator[tuple[float, float]]:
-    """The parts of an interval that are not covered."""
-    at = start
-    for first, last in covered:
-        if last <= at:
-            continue
-        if first >= end:
-            break
-        if first > at:
-            yield at, first
-        at = max(at, last)
-    if at < end:
-        yield at, end
-
-
-SHORTEST_GAP_S = 1e-6
-"""From one kernel to the next a device takes about as long, however early it was launched."""
-
-
-def device_gaps(events: Iterable[Event], spans: Iterable[Span], scope: Event) -> list[Gap]:
-    """Why the device had nothing to do within a call, by what the host did meanwhile."""
-    worked = busy((one.start_s, one.end_s) for one in events if one.is_kernel)
-    hosts = [span.event for span in spans if span.event.name != CALL and not span.event.name.startswith(LAYER)]
-    hosts.sort(key=lambda one: one.start_s)
-    starts = [one.start_s for one in hosts]
-    found: list[tuple[Cause, float]] = []
-    for start, end in _free(worked, scope.start_s, scope.end_s):
-        if end - start >= SHORTEST_GAP_S:
-            last = not worked or start >= worked[-1][1]
-            found.append(("the call's end" if last else _what_the_host_did(hosts, starts, start, end), end - start))
-    return _gaps(found)
-
-
-def _what_the_host_did(hosts: Sequence[Event], starts: Sequence[float], start: float, end: float) -> Cause:
-    """The cause of a gap: what took the most of it on the host."""
-    spent: dict[Cause, float] = {}
-    covered: list[tuple[float, float]] = []
-    for one in hosts[: bisect_right(starts, end)]:
-        first, last = max(one.start_s, start), min(one.end_s, end)
-        if last <= first:
-            continue
-        covered.append((first, last))
-        if WAITING.match(one.name):
-            spent["waiting for the device"] = spent.get("waiting for the device", 0.0) + last - first
-        elif ALLOCATING.match(one.name):
-            spent["allocating"] = spent.get("allocating", 0.0) + last - first
-    at_work = sum(last - first for first, last in busy(covered))
-    spent["Python between operators"] = end - start - at_work
-    spent["launching"] = at_work - spent.get("waiting for the device", 0.0) - spent.get("allocating", 0.0)
-    return max(spent, key=lambda cause: spent[cause])
-
-
-def host_gaps(spans: Iterable[Span], scope: Event) -> list[Gap]:
-    """On a CPU: the time within a call in which no operator ran."""
-    worked = busy((span.event.start_s, span.event.end_s) for span in spans if is_operator(span.event.name))
-    free = _free(worked, scope.start_s, scope.end_s)
-    return _gaps([("Python between operators", end - start) for start, end in free])
-
-
-def _gaps(pieces: Sequence[tuple[Cause, float]]) -> list[Gap]:
-    """One for each cause, the longest first."""
-    causes = dict.fromkeys(cause for cause, _ in pieces)
-    lengths = {cause: [seconds for of, seconds in pieces if of == cause] for cause in causes}
-    gaps = [Gap(cause, len(found), sum(found)) for cause, found in lengths.items()]
-    return sorted(gaps, key=lambda gap: -gap.seconds)
 
 
 # --- memory, and the line of time -------------------------------------------------------------------------------------
@@ -301,21 +234,22 @@ class Bar:
 MOST_BARS = 1500
 
 
-def bars(events: Iterable[Event], spans: Sequence[Span], scope: Event) -> list[Bar]:
-    """The time line of one call: threads with what encloses what, then streams; the longest, if there are too many."""
-    found = [
-        Bar(span.event.name, span.event.lane, span.depth, span.event.start_s - scope.start_s, span.event.duration_s,
-            span.event.shapes)
-        for span in spans
-        if scope.start_s <= span.event.start_s < scope.end_s and span.event.name != CALL
-    ]  # fmt: skip
-    found += [
-        Bar(one.name, one.lane, 0, one.start_s - scope.start_s, one.duration_s)
-        for one in events
-        if one.is_kernel and scope.start_s <= one.start_s < scope.end_s
-    ]
-    found.sort(key=lambda bar: -bar.duration_s)
-    return sorted(found[:MOST_BARS], key=lambda bar: (bar.start_s, bar.depth))
+def bars(events: Iterable[Event], spans: Sequence[Span], scope: Event) -> tuple[list[Bar], int]:
+    """The time line of one call, threads with what encloses what and streams, and how many bars are left out.
+
+    Where there are too many, those are the shortest of the fullest lanes: kernels are short, and most in number.
+    """
+    lanes: dict[str, list[Bar]] = {}
+    hosts = [(span.event, span.depth) for span in spans if span.event.name != CALL]
+    for one, depth in hosts + [(one, 0) for one in events if one.is_kernel]:
+        if scope.start_s <= one.start_s < scope.end_s:
+            bar = Bar(one.name, one.lane, depth, one.start_s - scope.start_s, one.duration_s, one.detail)
+            lanes.setdefault(one.lane, []).append(bar)
+    kept: list[Bar] = []
+    for done, lane in enumerate(sorted(lanes.values(), key=len)):
+        room = (MOST_BARS - len(kept)) // (len(lanes) - done)
+        kept += sorted(lane, key=lambda bar: -bar.duration_s)[:room]
+    return sorted(kept, key=lambda bar: (bar.start_s, bar.depth)), sum(map(len, lanes.values())) - len(kept)
 
 
 # --- oneDNN -----------------------------------------------------------------------------------------------------------
@@ -346,7 +280,7 @@ def conversion_s(operators: Iterable[Row], kernels: Iterable[Row]) -> float:
 
     On a device its kernels tell; on a CPU the operators that copy, and oneDNN's reorders within others.
     """
-    return sum(row.seconds for row in kernels if CONVERTING.search(row.name)) + sum(
+    return sum(row.seconds for row in kernels if lays_out(row.name, row.detail)) + sum(
         row.seconds for row in operators if row.name in COPYING
     )
 
@@ -376,7 +310,7 @@ def differences(base: Sequence[Row], new: Sequence[Row]) -> list[Difference]:
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SUMMARY, TRACE, PAGE = "profile.json", "trace.json.gz", "profile.html"
 """Files of a profile's folder."""
 
@@ -393,6 +327,8 @@ class Place:
     macs: int
     bytes: int
     """Inputs and outputs, each once."""
+    bytes_per_s: float
+    """At which this device copies so much."""
 
 
 @dataclass(frozen=True)
@@ -408,9 +344,11 @@ class Profile:
     device: str
     torch: str
     latency_s: float
-    """Without the profiler."""
+    """Without the profiler, as a run has it: on a GPU the device's time of calls that are enqueued ahead."""
+    wall_s: float
+    """Without the profiler, by the host's clock from the call's begin until its device is done."""
     profiled_s: float
-    """With it."""
+    """The same with the profiler."""
     calls: int
     """That were profiled."""
     operators: list[Row]
@@ -426,36 +364,49 @@ class Profile:
     flops_per_s: float
     """The device's measured ceilings."""
     bytes_per_s: float
+    """Of copies as large as what the whole call moves, where that is known, else of the largest."""
     macs: int | None = None
     params: int | None = None
     bytes_moved: int | None = None
     processors: float | None = None
-    """That the call keeps busy on a CPU, of `threads`."""
+    """That the call keeps busy on a CPU, of `threads`; those that spin while they wait are busy too."""
     threads: int = 0
     counters: list[dict[str, str]] = field(default_factory=list)
     """Of each kernel, from ncu where it is installed."""
-    no_counters: str = ""
-    """Why a GPU's kernels have none."""
+    about_counters: str = ""
+    """Why a GPU's kernels have none, or which are left out."""
+    uncounted: list[str] = field(default_factory=list)
+    """Operators that may multiply and have no formula, so that they are in none of `places`."""
+    bars_left_out: int = 0
+    """Shorter than all in `bars`, within their lane."""
 
     @property
     def busy_s(self) -> float:
-        """In which the device worked; on a CPU in which an operator ran."""
+        """In which the device worked; on a CPU in which an operator of torch's ran."""
         return max(0.0, self.profiled_s - sum(gap.seconds for gap in self.gaps))
+
+
+@dataclass(frozen=True)
+class _Version:
+    schema_version: int
 
 
 def load(folder: Path) -> Profile:
     """A profile that was written.
 
     Raises:
-        RequestError: There is none, or it is damaged.
+        RequestError: There is none, or it is damaged or of another version.
     """
     path = folder / SUMMARY
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=Profile)
+        content = path.read_bytes()
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version == SCHEMA_VERSION:
+            return msgspec.json.decode(content, type=Profile)
     except FileNotFoundError:
         raise RequestError(f"{folder} holds no {SUMMARY}: give the --out of `vidbench profile`") from None
     except (*UNDECODABLE, OSError) as error:
         raise RequestError(f"{path} cannot be read: {error}") from None
-    if found.schema_version != SCHEMA_VERSION:
-        raise RequestError(f"{path} has schema_version {found.schema_version}; wanted {SCHEMA_VERSION}")
-    return found
+    raise RequestError(
+        f"{path} has schema_version {version}; wanted {SCHEMA_VERSION}: profile that point again with this vidbench"
+    )

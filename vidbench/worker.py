@@ -166,9 +166,16 @@ class _ModelsOf(importlib.abc.MetaPathFinder):
 
 
 def take_source(checkout: Path) -> None:
-    """From here on vidkernels and `vidbench.models` are those of a checkout; everything else is this harness's."""
-    sys.path.insert(0, str(checkout / "kernels"))
-    sys.meta_path.insert(0, _ModelsOf(checkout))
+    """From here on vidkernels and `vidbench.models` are those of a checkout; everything else is this harness's.
+
+    A checkout that has no vidkernels is of a user's repository: of it come the modules of the models that are named.
+    """
+    if (checkout / "kernels" / "vidkernels").is_dir():
+        sys.path.insert(0, str(checkout / "kernels"))
+        sys.meta_path.insert(0, _ModelsOf(checkout))
+    else:
+        os.chdir(checkout)  # whatever is found by the working directory is this revision's too
+        sys.path[:0] = [str(checkout), str(checkout / "src")]
 
 
 def serve(control: socket.socket) -> None:

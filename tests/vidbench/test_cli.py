@@ -22,7 +22,10 @@ def vidbench(*arguments: str, cwd: Path = HERE) -> subprocess.CompletedProcess[s
         ("sweep quik", "unknown suite 'quik': did you mean 'quick'?"),
         ("sweep quick --axis clip_lenth=8", "unknown axis 'clip_lenth': did you mean 'clip_length'?"),
         ("sweep quick --axis clip_length=0", "axis clip_length='0' is not a positive integer"),
-        ("sweep quick --axis clip_length=8 --axis clip_length=16", "an axis is given twice"),
+        (
+            "sweep quick --axis clip_length=8 --axis clip_length=16",
+            "axis 'clip_length' is given twice: join its values with commas",
+        ),
         ("sweep quick --dtype fp31", "unknown dtype 'fp31': did you mean"),
         ("sweep quick --device gpu", "unknown device 'gpu'"),
         ("sweep conv3d --implementation libary", "unknown implementation 'libary': did you mean 'library'?"),

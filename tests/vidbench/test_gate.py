@@ -110,7 +110,7 @@ def test_an_implementation_that_is_gone_fails(head: Path) -> None:
     ended = gate(head, "--base", "base", *SMALL, "--budget", "0", "--out", "runs/gone")
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert "MISSING: 1" in ended.stdout
-    assert "skipped: " in ended.stdout
+    assert "it is not in NEW" in ended.stdout
 
 
 def test_no_change_passes_and_a_killed_gate_is_gone_on_with(head: Path) -> None:
@@ -140,6 +140,7 @@ def test_no_change_passes_and_a_killed_gate_is_gone_on_with(head: Path) -> None:
         (["--base", "no-such-revision"], "git rev-parse --verify no-such-revision^{commit}: "),
         (["--base", "base", "conv4d"], "unknown suite 'conv4d': did you mean 'conv3d'?"),
         (["--base", "base", "--resume"], "--resume needs --out DIR"),
+        (["--base", "base", "conv3d", "--implementation", "cudnn"], "'conv3d' has none of these implementations"),
     ],
 )
 def test_a_bad_request_is_one_line_and_exit_code_2(head: Path, arguments: list[str], said: str) -> None:
@@ -148,3 +149,54 @@ def test_a_bad_request_is_one_line_and_exit_code_2(head: Path, arguments: list[s
     assert ended.stderr.startswith("vidbench: error: ")
     assert said in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def test_what_is_installed_is_the_head_or_the_gate_refuses(head: Path, tmp_path: Path) -> None:
+    """Else the head's old copy would be measured, and pass."""
+    line, environ = command(head, "--base", "base", *SMALL)
+    git("clone", "-q", str(head), str(tmp_path / "clone"), cwd=head)
+    planted(tmp_path / "clone", KERNEL, CALL, 2 * CALL)
+    ended = subprocess.run(line, cwd=tmp_path / "clone", env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "is not that of" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+MODEL = """
+import torch
+from widths import WIDTH
+
+def net(num_classes: int = 4) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(3, WIDTH, 3, padding=1), torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten(),
+        torch.nn.Linear(WIDTH, num_classes),
+    )
+"""
+
+
+def test_a_model_in_a_repository_of_ones_own_is_gated(head: Path, tmp_path: Path) -> None:
+    """Base and head each from their own files, what the model imports too; from a folder inside the repository."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    git("init", "-q", cwd=tmp_path)
+    (folder / "mine.py").write_text(MODEL)
+    (folder / "widths.py").write_text("WIDTH = 4\n")
+    git("add", "-A", cwd=tmp_path)
+    git("commit", "-qm", "base", cwd=tmp_path)
+    git("tag", "base", cwd=tmp_path)
+    (folder / "widths.py").write_text("WIDTH = 64\n")
+    git("commit", "-qam", "wider", cwd=tmp_path)
+    _, environ = command(head)
+    small = ["--axis", "clip_length=4", "--axis", "batch_size=1", "--axis", "input_size=16"]
+    line = [sys.executable, "-P", "-m", "vidbench.cli", "gate", "--base", "base", "models", *small, "--budget", "0"]
+    model = ["--model", "mine:net", "--out", str(tmp_path / "out"), "--format", "json"]
+    ended = subprocess.run([*line, *model], cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    found = json.loads(ended.stdout)
+    (one,) = found["points"]
+    assert (one["verdict"], one["point"].split("/")[0]) == ("SLOWER", "mine:net")
+    sides = {side: load(tmp_path / "out" / side).measurements[0].params for side in ("base", "head", "again")}
+    assert sides == {"base": 4 * 482 + 400, "head": 64 * 482 + 400, "again": 4 * 482 + 400}
+    ended = subprocess.run(line, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "--model package.module:factory" in ended.stderr

@@ -287,7 +287,7 @@ def test_every_direction_agrees_with_the_cpu_oracle(op_name: str, direction: str
     assert (found.weight_gradient is None) == (direction in ("forward", "input_gradient"))
 
 
-MISSING = ("msgspec", "fvcore", "av", "plotly", "ray")
+MISSING = ("msgspec", "fvcore", "av", "ray")
 """What the machine does not have."""
 
 

@@ -35,10 +35,17 @@ def test_the_columns_are_those_of_the_design() -> None:
         run_id suite point workload kind implementation mode regime device dtype memory_format task rounds
         kernel_size batch_size clip_length height width status reason latency_s latency_low_s latency_high_s samples
         throughput_clips_per_s macs flops params bytes_moved peak_memory_bytes achieved_flops_per_s roofline_fraction
-        relative_error top1_accuracy chance_accuracy energy_j trust trust_reasons
+        relative_error top1_accuracy chance_accuracy energy_j cold_start_s trust trust_reasons uncounted
     """.split()  # noqa: SIM905
     assert list(table(ok(1.0)).columns) == wanted
     assert list(table().columns) == [name for name in wanted if name != "kernel_size"]
+
+
+def test_a_first_call_and_what_no_counter_knew_are_told() -> None:
+    counts = Counts(10, {"meta": 10}, ("meta: aten::fft", "fvcore: aten::fft"))
+    found = row(ok(1.0, cold_start_s=3.0), ok(1.0, number=1, cold_start_s=5.0, counts=counts))
+    assert (found["cold_start_s"], found["uncounted"]) == (4.0, "meta: aten::fft; fvcore: aten::fft")
+    assert row(ok(1.0, counts=Counts(10)))[["cold_start_s", "uncounted"]].isna().all()
 
 
 def test_case_keys_are_columns_with_nullable_types() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,28 @@ def test_a_convolution_is_found_with_its_shapes_and_what_it_computes(conv: Profi
     # Clip in, clip out, filters: whatever lies between is the library's own.
     assert place.bytes == 4 * (2 * (2 * 8 * 4 * 12 * 12) + 8 * 8 * 27)
     assert 0 < place.seconds <= conv.profiled_s
+    assert place.bytes_per_s > 0
     assert any("conv3d" in row.name for row in conv.operators)
+
+
+def test_an_op_is_under_the_roof_as_a_whole_whatever_runs_in_it(conv: Profile, model: Profile) -> None:
+    whole = conv.places[0]
+    assert (whole.name, whole.calls, whole.seconds) == ("conv3d, the whole call", 1, conv.latency_s)
+    assert (whole.macs, whole.bytes) == (conv.macs, conv.bytes_moved)
+    assert not any("whole call" in place.name for place in model.places)
+
+
+def test_an_operator_without_a_formula_is_named() -> None:
+    from vidbench.profile import _counted
+
+    def call() -> None:
+        x, w = torch.randn(2, 5, 4), [torch.randn(12, 4), torch.randn(12, 3), torch.randn(12), torch.randn(12)]
+        torch.lstm(x, (torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)), w, True, 1, 0.0, False, False, True)
+        torch.relu(x @ torch.randn(4, 3))
+
+    done = _counted(call)
+    assert ("aten::relu", 0) in {(name, macs) for name, macs, _ in done}
+    assert any(macs for _, macs, _ in done)
 
 
 def test_times_of_a_call_add_up(conv: Profile, model: Profile) -> None:
@@ -122,10 +144,14 @@ def test_hostile_names_stay_text(conv: Profile) -> None:
 
 def test_two_implementations_are_told_apart_by_what_they_run(folder: Path, conv: Profile) -> None:
     reference = take(replace(CONV, implementation="reference"), folder / "reference")
-    found = {one.name: (one.base is None, one.new is None) for one in profile_page.compared(conv, reference)}
+    compared = dict(profile_page.compared(conv, reference))
+    assert compared.keys() <= {"operators", "kernels of oneDNN, within the operators"}
+    found = {one.name: (one.base is None, one.new is None) for one in compared["operators"]}
     assert (False, True) in found.values() or (True, False) in found.values()
     text = profile_page.against_text(conv, reference)
     assert "× as " in text.splitlines()[2]
+    assert "operators" in text.splitlines()
+    assert "<h3>Operators</h3>" in profile_page.render(reference, conv)
 
 
 def test_the_command_profiles_an_op_against_another_implementation(tmp_path: Path) -> None:
@@ -187,6 +213,79 @@ def test_what_cannot_run_is_refused_with_the_reason(tmp_path: Path) -> None:
             take(replace(CONV, device="cuda"), tmp_path)
 
 
+def refused(*words: str) -> str:
+    done = CliRunner().invoke(app, ["profile", *words])
+    assert isinstance(done.exception, RequestError), done.output
+    assert "\n" not in str(done.exception)
+    return str(done.exception)
+
+
+VIDEO = "c3d/eager/forward/hot/cpu/fp32/contiguous/batch_size=1,clip_length=8,height=32,width=32,video=a.mp4"
+
+
+def test_a_point_of_a_video_is_not_profiled_on_noise(tmp_path: Path) -> None:
+    assert refused(VIDEO, "--out", str(tmp_path)).endswith("takes its clips from a.mp4: add --input FILE")
+    assert "no such" in refused(VIDEO, "--input", str(tmp_path / "b.mp4")).lower()
+    assert "conv3d takes none" in refused("conv3d", "--input", str(tmp_path / "b.mp4"))
+
+
+def test_a_video_becomes_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from vidbench.cli_inspect import _fed
+
+    monkeypatch.setattr("vidbench.data.video.probe", lambda path: None)
+    assert _fed(point_named(VIDEO, {}), tmp_path / "b.mp4").case["video"] == "b.mp4"
+    assert _fed(MODEL, tmp_path / "b.mp4").key == replace(MODEL, case={**MODEL.case, "video": "b.mp4"}).key
+    assert _fed(MODEL, None) is MODEL
+
+
+def test_what_a_point_is_held_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidbench.cli_inspect import _other
+
+    axes: dict[str, tuple[Value, ...]] = {"implementation": ("library",), "dtype": ("bf16",), "clip_length": (4,)}
+    assert _other("reference", CONV, axes) == replace(CONV, implementation="reference")
+    assert _other(MODEL.key, CONV, axes) == MODEL  # a key keeps all that it says
+    other = _other("tcn", CONV, axes)
+    assert isinstance(other, Point)
+    assert (other.implementation, other.dtype, other.case["clip_length"]) == ("eager", "bf16", 4)
+    lstm = _other("lstm", CONV, {"implementation": ("reference",)})
+    assert isinstance(lstm, Point)
+    assert lstm.implementation == "reference"
+    assert _other(str(tmp_path), CONV, axes) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reference").mkdir()  # the implementation, as there is no profile in it
+    assert isinstance(_other("reference", CONV, axes), Point)
+
+
+def test_what_cannot_be_held_against_is_refused(tmp_path: Path) -> None:
+    same = [CONV.key, "--implementation", "reference", "--against", CONV.key]
+    assert refused(CONV.key, "--against", CONV.key).endswith(f"names the same point: {CONV.key}")
+    assert refused(*same, "--out", "/dev/null/x").startswith("cannot write the profile to /dev/null/x/against")
+    assert "holds no profile.json: give the --out" in refused(CONV.key, "--against", str(tmp_path))
+
+
+def test_a_run_without_the_point_is_refused(tmp_path: Path) -> None:
+    from vidbench.environment import describe
+    from vidbench.records import Measurement
+
+    sweep = Sweep("conv3d", fixed={**CASE, "implementation": "library"})
+    with RunWriter.create(
+        tmp_path / "run", suite="conv3d", sweeps=[sweep], environment=describe("cpu", ()), command=""
+    ) as writer:
+        writer.append(Measurement(CONV, 1, "ok", samples_s=(1e-3,) * 6))
+    assert f"has no point {MODEL.key}: take a key of its report" in refused(MODEL.key, "--run", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("which", ["out", "tensorboard"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path, which: str) -> None:
+    (tmp_path / "file").touch()
+    steps: list[str] = []
+    folders = {"out": tmp_path / "good", "tensorboard": tmp_path / "board", which: tmp_path / "file" / "below"}
+    with pytest.raises(RequestError, match=rf"cannot write the profile to .*below: {tmp_path}/file is not a folder"):
+        take(CONV, folders["out"], tensorboard=folders["tensorboard"], tell=steps.append)
+    assert not steps
+    assert not (tmp_path / "good").exists()
+
+
 NCU = """==PROF== Connected to process 77
 ==PROF== Profiling "conv3d_kernel": 0%....100% - 8 passes
 "ID","Process ID","Kernel Name","sm__throughput.avg.pct_of_peak_sustained_elapsed","launch__shared_mem_per_block"
@@ -202,3 +301,47 @@ def test_counters_are_read_from_among_ncus_messages() -> None:
         {"kernel": "void relu<float>(float*, int)", "SM, % of peak": "8.5", "shared memory": "0 Kbyte/block"},
     ]
     assert ncu.parse("==ERROR== no permission\n") == []
+
+
+def test_a_line_that_ncu_has_cut_short_is_passed_over() -> None:
+    assert len(ncu.parse(NCU + '"2","77"\n')) == 2
+    assert ncu.parse('"ID"\n"0"\n') == []
+
+
+def fake_ncu(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = folder / "ncu"
+    program.write_text(f'#!/bin/sh\necho "$@" > {folder}/arguments\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(ncu.shutil, "which", lambda _: str(program))
+
+
+def test_ncu_leaves_the_caches_as_they_are_unless_the_regime_is_cold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "table").write_text(NCU)
+    fake_ncu(tmp_path, f"cat {tmp_path}/table", monkeypatch)
+    rows, about = ncu.counters(CONV)
+    assert (len(rows), about) == (2, "")
+    assert "--cache-control none" in (tmp_path / "arguments").read_text()
+    ncu.counters(replace(CONV, regime="cold"))
+    assert "--cache-control all" in (tmp_path / "arguments").read_text()
+    monkeypatch.setattr(ncu, "MOST_KERNELS", 1)
+    assert ncu.counters(CONV) == (rows[:1], "of the first 1 kernels alone")
+
+
+def test_why_ncu_has_no_counters_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ncu(tmp_path, 'echo "==ERROR== no permission"; echo "Traceback" >&2; echo "ValueError: x" >&2', monkeypatch)
+    assert ncu.counters(CONV) == ([], "no permission; ValueError: x")
+    fake_ncu(tmp_path, "true", monkeypatch)
+    assert ncu.counters(CONV) == ([], "ncu told of no kernel")
+
+
+def test_ncu_that_hangs_is_ended_with_what_it_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ncu(tmp_path, f"sleep 60 & echo $! > {tmp_path}/child; wait", monkeypatch)
+    monkeypatch.setattr(ncu, "TIMEOUT_S", 0.5)
+    assert ncu.counters(CONV) == ([], "ncu took longer than 0.5 s")
+    child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -6,7 +6,6 @@ import csv
 import io
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,11 @@ from vidbench.report import report
 from vidbench.sweep import Point
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, CDPSession, Page
 
 MANY = 10_000
-PATIENCE_S = 15.0
-"""Not what is wanted, which is three seconds on an idle machine: this one is busy with other tests meanwhile."""
+LIMIT_S = 3.0
+"""Of the page's own thread, which stands for seconds on an idle machine and does not grow with what else runs."""
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -54,7 +53,14 @@ def page(browser: Browser, written: Path) -> Iterator[Page]:
 
 
 def opened(browser: Browser, path: Path, **options: Any) -> Iterator[Page]:
-    """The page with no network; whatever it says on the console, or asks of another place, fails the test."""
+    """The page at `path`, as `empty` has it."""
+    for found in empty(browser, **options):
+        found.goto(path.as_uri())
+        yield found
+
+
+def empty(browser: Browser, **options: Any) -> Iterator[Page]:
+    """A page with no network; whatever it says on the console, or asks of another place, fails the test."""
     context = browser.new_context(offline=True, viewport={"width": 1280, "height": 900}, **options)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     said: list[str] = []
@@ -62,7 +68,6 @@ def opened(browser: Browser, path: Path, **options: Any) -> Iterator[Page]:
     found.on("console", lambda message: said.append(message.text) if _is_complaint(message) else None)
     found.on("pageerror", lambda error: said.append(str(error)))
     found.on("request", lambda request: said.append(request.url) if not _is_own(request.url) else None)
-    found.goto(path.as_uri())
     yield found
     context.close()
     assert not said
@@ -144,10 +149,13 @@ def test_pointing_at_a_mark_tells_its_interval_and_a_click_how_to_profile_it(pag
         """() => { const box = document.querySelector('#plot .scatterlayer .points path').getBoundingClientRect();
                    return [box.x + box.width / 2, box.y + box.height / 2]; }"""
     )
-    page.mouse.move(at[0] - 40, at[1] - 40)
-    page.mouse.move(*at, steps=4)
     tip = page.locator(".tip")
-    tip.wait_for(state="visible")
+    for _ in range(50):  # Plotly looks at some of the movements only, fewer on a busy machine
+        page.mouse.move(at[0] - 40, at[1] - 40)
+        page.mouse.move(*at, steps=4)
+        page.wait_for_timeout(100)
+        if tip.is_visible():
+            break
     assert "95 % interval" in tip.inner_text()
     assert "trust:" in tip.inner_text()
     page.mouse.down()
@@ -241,17 +249,24 @@ def many() -> Iterator[Measurement]:
 
 def test_ten_thousand_points_are_there_within_seconds_and_follow_a_filter(browser: Browser, tmp_path: Path) -> None:
     path = report([made(many())], tmp_path)
-    began = time.monotonic()
-    for page in opened(browser, path):
+    for page in empty(browser):
+        session = page.context.new_cdp_session(page)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+        def busy_s(session: CDPSession = session) -> float:
+            found = session.send("Performance.getMetrics")["metrics"]
+            return float(next(metric["value"] for metric in found if metric["name"] == "TaskDuration"))
+
+        page.goto(path.as_uri())
         page.locator("#table tbody tr").first.wait_for()
         page.wait_for_function("document.getElementById('plot').data !== undefined")
         assert marks(page) == MANY
-        assert time.monotonic() - began < PATIENCE_S
-        began = time.monotonic()
+        opened_s = busy_s()
+        assert 0.1 < opened_s < LIMIT_S
         page.fill("#filter", "rnn clip_length=32")
         page.wait_for_function("document.getElementById('count').textContent.includes(' of ')")
         assert 0 < marks(page) < MANY
-        assert time.monotonic() - began < PATIENCE_S
+        assert busy_s() - opened_s < LIMIT_S / 2
 
 
 def test_runs_beside_one_another_are_marked_where_they_differ(browser: Browser, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def devices(points: Iterable[Point]) -> tuple[str, tuple[str, ...]]:
 
 
 def choose(sweeps: tuple[Sweep, ...], wanted: Sequence[str], known: Mapping[str, tuple[str, ...]]) -> tuple[Sweep, ...]:
-    """The sweeps with the implementations asked for, where their workload has them.
+    """The sweeps with the implementations asked for, where their workload has them; `all`: every one but `reference`.
 
     Raises:
         RequestError: A name that no workload of the suite has.
@@ -276,11 +276,13 @@ def choose(sweeps: tuple[Sweep, ...], wanted: Sequence[str], known: Mapping[str,
     timed = [sweep for sweep in sweeps if sweep.kind in ("op", "model")]
     names = {name for sweep in timed for name in known[sweep.workload]}
     for name in wanted:
-        if name not in names:
+        if name not in {*names, "all"}:
             raise unknown("implementation", name, names)
     chosen = []
     for sweep in sweeps:
-        mine = tuple(name for name in wanted if name in known[sweep.workload])
+        has = known.get(sweep.workload, ())
+        every = tuple(name for name in has if name != "reference")
+        mine = every if "all" in wanted else tuple(name for name in wanted if name in has)
         if sweep in timed and mine:
             chosen.append(sweep.override({"implementation": mine}))
         elif sweep not in timed:

@@ -9,8 +9,6 @@ running, and an answer that comes after all from a node that was given up is not
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.util
 import itertools
 import logging
 import os
@@ -21,7 +19,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 # Ray prints what goes wrong in a cluster to stdout, even where its logs are switched off; it reads this when imported.
@@ -33,6 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import vidbench
 from vidbench.engine import MachineKind, Step, Terms, ThisMachine, Turn, input_of
 from vidbench.engine.local import START_TIMEOUT_S
+from vidbench.environment import sources
 from vidbench.records import Environment, Measurement
 from vidbench.results import IDENTITY, folder_name
 from vidbench.sweep import Point, RequestError
@@ -285,18 +283,6 @@ class RayEngine:
         """Gives a deputy up; one that is only out of reach must not go on measuring."""
         ray.kill(seat.deputy)
         del self._seats[seat.place[:2]]
-
-
-def sources() -> str:
-    """A digest of what is installed of vidbench and vidkernels."""
-    found = hashlib.sha256()
-    for package in ("vidbench", "vidkernels"):
-        spec = importlib.util.find_spec(package)
-        for root in spec.submodule_search_locations or () if spec else ():
-            for path in sorted(Path(root).rglob("*")):
-                if path.suffix in (".py", ".cu", ".json"):
-                    found.update(f"{package}/{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return found.hexdigest()
 
 
 def batches(turns: Sequence[Turn]) -> Iterator[deque[Turn]]:

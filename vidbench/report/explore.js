@@ -2,8 +2,7 @@
 // Two figures of every row against each other: which are best at both, what a point is, where its time goes.
 (() => {
   const place = document.getElementById("plot");
-  if (!place || typeof Plotly === "undefined") return;
-  const { data, value, text, missing, isNumber, told, cell, column, facets } = vidbench;
+  const { data, value, text, missing, isNumber, told, cell, column, facets, remarks } = vidbench;
   const MOST_INTERVALS = 600; // more of them hide the points
   const MANY = 2500; // from here on the points are drawn by the GPU
 
@@ -90,7 +89,7 @@
 
   function name(row) {
     return data.columns
-      .filter((of) => !["point", "reason", "trust_reasons", "status", "trust", "rounds"].includes(of.name) && !data.metrics.includes(of.name))
+      .filter((of) => !["point", ...remarks, "status", "trust", "rounds"].includes(of.name) && !data.metrics.includes(of.name))
       .map((of) => [of, value(of, row)]).filter((pair) => !missing(pair[1]))
       .map(([of, found]) => (isNumber(of) || of.apart ? `${of.head} ${found}` : String(found))).join(" · ");
   }

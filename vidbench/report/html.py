@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +29,6 @@ def script_safe(value: Any) -> str:
     for mark in "<>&\u2028\u2029":
         text = text.replace(mark, f"\\u{ord(mark):04x}")
     return text
-
-
-@cache
-def plotly() -> str:
-    """Plotly's script; empty where it is not installed, and then the page has no explorer."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        return ""
-    return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 
 def render(
@@ -102,7 +91,7 @@ def render(
         accuracy_count=len(accuracy),
         count=len(frame),
         data=Markup(script_safe(data)),
-        plotly=Markup(plotly()),
+        plotly=Markup(asset("vendored/plotly-gl2d.min.js")),
         explorer=Markup(asset("explore.js")),
         css=Markup(asset("page.css")),
         js=Markup(asset("page.js")),

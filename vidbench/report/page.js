@@ -3,7 +3,8 @@
 const vidbench = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const size = 25;
-  const hidden = new Set(["point", "reason", "trust_reasons", "latency_low_s", "latency_high_s"]);
+  const remarks = ["reason", "trust_reasons", "uncounted"];
+  const hidden = new Set(["point", ...remarks, "latency_low_s", "latency_high_s"]);
   const byName = new Map(data.columns.map((column) => [column.name, column]));
   const apart = data.columns.filter((column) => column.apart);
   const columns = data.columns.filter((column) => !hidden.has(column.name) && !column.apart);
@@ -75,7 +76,7 @@ const vidbench = (() => {
 
   const metrics = new Set(data.metrics);
   const facets = data.columns
-    .filter((column) => !metrics.has(column.name) && !["point", "reason", "trust_reasons", "rounds", "samples"].includes(column.name))
+    .filter((column) => !metrics.has(column.name) && !["point", ...remarks, "rounds", "samples"].includes(column.name))
     .map((column) => ({ column, chosen: new Set(), values: distinct(column) }))
     .filter((facet) => facet.values.length > 1 && facet.values.length <= 60);
 
@@ -197,7 +198,7 @@ const vidbench = (() => {
     inside.append(cell("p", value(byName.get("point"), row), "key"));
     if (low && high && !missing(value(low, row)))
       inside.append(cell("p", `95 % interval of the latency: ${text(low, row)} to ${text(high, row)} ms`));
-    for (const name of ["reason", "trust_reasons"]) {
+    for (const name of remarks) {
       const said = value(byName.get(name), row);
       if (!missing(said)) inside.append(cell("p", `${name.replace("_", " ")}: ${said}`));
     }
@@ -305,7 +306,7 @@ const vidbench = (() => {
   drawFacets();
   draw();
   return {
-    data, value, text, missing, isNumber, told, cell, column: (name) => byName.get(name), facets,
+    data, value, text, missing, isNumber, told, cell, remarks, column: (name) => byName.get(name), facets,
     rows: () => rows, onRows: (listener) => listeners.push(listener),
   };
 })();

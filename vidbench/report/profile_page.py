@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from vidbench.kernel_kinds import is_operator
 from vidbench.report import style
 from vidbench.report.html import asset
 from vidbench.report.tables import digits
-from vidbench.traces import COPYING, LAYER, Bar, Difference, Place, Profile, Row, differences, is_operator
+from vidbench.traces import COPYING, LAYER, Bar, Difference, Place, Profile, Row, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,10 +24,9 @@ LEAST_TEXT_PX = 42
 
 def duration(seconds: float) -> str:
     """12.3 ms, 4.56 µs: three digits and the unit that suits them."""
-    for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "µs")):
-        if abs(seconds) * factor >= 1 or unit == "µs":
-            return f"{digits(seconds * factor)} {unit}"
-    raise AssertionError
+    units = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
+    factor, unit = next((pair for pair in units if abs(seconds) * pair[0] >= 1), units[-1])
+    return f"{digits(seconds * factor)} {unit}"
 
 
 def share(part: float, whole: float) -> str:
@@ -40,32 +40,39 @@ def share(part: float, whole: float) -> str:
 
 def findings(profile: Profile) -> list[str]:
     """What the profile shows, the most telling first."""
-    found = [_of_time(profile), *_of_idling(profile)]
-    whole = sum(row.seconds for row in profile.kernels) if profile.device == "cuda" else profile.profiled_s
+    found = [_of_time(profile), *_of_work(profile), *_of_idling(profile)]
+    whole, what = profile.profiled_s, "a call"
+    if profile.device == "cuda":
+        whole, what = sum(row.seconds for row in profile.kernels), "the kernels' time"
     if profile.conversion_s > 0.01 * whole:
-        found.append(f"{share(profile.conversion_s, whole)} of the time only copies, or changes layouts.")
+        found.append(f"{share(profile.conversion_s, whole)} of {what} only copies, or changes layouts.")
     if (attained := attainable(profile)) is not None:
-        fraction, bound = attained
-        found.append(
-            f"The call attains {share(fraction, 1)} of what this device does at best, which is bound by {bound}."
-        )
+        found.append(_of_attaining(*attained))
     return found
 
 
 def _of_time(profile: Profile) -> str:
+    """What each of the times is: they differ in who is waited for."""
+    if profile.device == "cuda":
+        return (
+            f"A call takes {duration(profile.latency_s)} on the device, as `vidbench sweep` measures it (enqueued "
+            f"while the stream is held back); from its begin until the device is done the host's clock says "
+            f"{duration(profile.wall_s)}, {duration(profile.profiled_s)} under the profiler."
+        )
     said = f"A call takes {duration(profile.latency_s)}"
-    if profile.profiled_s > 1.05 * profile.latency_s:
-        said += f" ({duration(profile.profiled_s)} under the profiler)"
-    rows = profile.kernels if profile.device == "cuda" else profile.operators
-    if rows:
-        whole = sum(row.seconds for row in rows)
-        top = [f"{share(row.seconds, whole)} {row.name}" for row in _by_name(rows)[:3]]
-        said += f", of which {', '.join(top)}"
-    return said + "."
+    slowed = profile.profiled_s > 1.05 * profile.latency_s
+    return said + (f" ({duration(profile.profiled_s)} under the profiler)." if slowed else ".")
+
+
+def _of_work(profile: Profile) -> list[str]:
+    rows, whose = (profile.kernels, "kernels'") if profile.device == "cuda" else (profile.operators, "operators'")
+    whole = sum(row.seconds for row in rows)
+    top = [f"{share(row.seconds, whole)} {row.name}" for row in _by_name(rows)[:3]]
+    return [f"Of its {whose} time: {', '.join(top)}."] if whole else []
 
 
 def _by_name(rows: Sequence[Row]) -> list[Row]:
-    """One row for a name, whatever the shapes."""
+    """One row for a name, whatever the shapes or the template's arguments."""
     found: dict[str, Row] = {}
     for row in rows:
         last = found.get(row.name, Row(row.name, 0, 0.0))
@@ -80,36 +87,67 @@ def _of_idling(profile: Profile) -> list[str]:
         if idle > 0.02 * profile.profiled_s:
             worst = profile.gaps[0]
             found.append(
-                f"The device has nothing to do for {share(idle, profile.profiled_s)} of a call, mostly because of "
-                f"{worst.cause} ({share(worst.seconds, idle)} of that)."
+                f"The device has nothing to do for {share(idle, profile.profiled_s)} of a profiled call, whose host "
+                f"the profiler slows; the largest part, {share(worst.seconds, idle)}: {worst.cause}."
             )
         return found
     if idle > 0.05 * profile.profiled_s:
-        found.append(f"For {share(idle, profile.profiled_s)} of a call no operator runs: that is Python between them.")
+        found.append(f"For {share(idle, profile.profiled_s)} of a call {profile.gaps[0].cause}.")
     if profile.processors is not None and profile.processors < 0.9 * profile.threads:
         found.append(
-            f"It keeps {profile.processors:.1f} of {profile.threads} processors busy: the rest waits for what is not "
-            "parallel."
+            f"It keeps {profile.processors:.1f} of {profile.threads} processors busy, or spinning while they wait: the "
+            "rest is lost to what is not parallel, or to other processes."
         )
     return found
 
 
-def attainable(profile: Profile) -> tuple[float, str] | None:
-    """The share of the device's best that the whole call attains, and what bounds it; None where nothing is known."""
-    return _under_the_roof(profile, profile.macs or 0, profile.bytes_moved or 0, profile.latency_s)
+Bound = Literal["arithmetic", "memory"]
 
 
-def _under_the_roof(profile: Profile, macs: int, moved: int, seconds: float) -> tuple[float, str] | None:
+def attainable(profile: Profile) -> tuple[float, Bound, bool] | None:
+    """The share of the device's best that the whole call attains; None where nothing is known.
+
+    Returns:
+        The share, of which ceiling, and whether the other ceiling was looked at too: only then it is what bounds.
+    """
+    return _under_the_roof(
+        profile.macs, profile.bytes_moved, profile.latency_s, profile.flops_per_s, profile.bytes_per_s
+    )
+
+
+def _under_the_roof(
+    macs: int | None, moved: int | None, seconds: float, flops_per_s: float, bytes_per_s: float
+) -> tuple[float, Bound, bool] | None:
     if seconds <= 0 or not (macs or moved):
         return None
-    compute, copy = 2 * macs / profile.flops_per_s, moved / profile.bytes_per_s
-    return max(compute, copy) / seconds, "arithmetic" if compute > copy else "memory"
+    compute, copy = 2 * (macs or 0) / flops_per_s, (moved or 0) / bytes_per_s
+    bound: Bound = "arithmetic" if compute > copy else "memory"
+    return max(compute, copy) / seconds, bound, macs is not None and moved is not None
+
+
+def _of_attaining(fraction: float, bound: Bound, both: bool) -> str:
+    if fraction > HIGHEST:
+        return "The call is faster than the ceilings that were measured here allow: one of them, or its count, is off."
+    if both:
+        return f"The call attains {share(fraction, 1)} of what this device does at best, which is bound by {bound}."
+    if bound == "arithmetic":
+        return (
+            f"The call attains {share(fraction, 1)} of this device's peak of products; what it must move is not known, "
+            "and so not what bounds it."
+        )
+    return f"The call attains {share(fraction, 1)} of this device's rate of copies; its multiply-adds are not known."
+
+
+HIGHEST = 1.005
+"""What would be told as more than 100 %."""
 
 
 def text(profile: Profile) -> str:
     """For a terminal: the sentences, and the rows that take the most time."""
     lines = [profile.point, *findings(profile), ""]
-    rows = profile.kernels if profile.device == "cuda" or profile.kernels else profile.operators
+    rows = profile.kernels or profile.operators
+    if profile.device == "cuda":
+        rows = _by_name(profile.kernels)  # with template arguments a name fills the screen
     whole = sum(row.seconds for row in rows) or 1.0
     width = max((len(row.name) for row in rows[:12]), default=0)
     lines += [
@@ -120,10 +158,19 @@ def text(profile: Profile) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def compared(base: Profile, new: Profile) -> list[Difference]:
-    """Which kernels changed from one profile to another; operators, where kernels were not seen in both."""
-    both = base.kernels and new.kernels and base.device == new.device
-    return differences(*((base.kernels, new.kernels) if both else (base.operators, new.operators)))
+def compared(base: Profile, new: Profile) -> list[tuple[str, list[Difference]]]:
+    """What changed from one profile to another, by what is compared.
+
+    On a GPU that is its kernels. On a CPU its operators, which are all that it runs, and of those that oneDNN computes
+    the primitives, whose time is counted in the operators too.
+    """
+    if base.device != new.device:
+        return [("operators, by the host's clock", differences(base.operators, new.operators))]
+    if new.device == "cuda":
+        return [("kernels", differences(base.kernels, new.kernels))]
+    primitives = differences(base.kernels, new.kernels)
+    found = [("operators", differences(base.operators, new.operators))]
+    return [*found, ("kernels of oneDNN, within the operators", primitives)] if primitives else found
 
 
 def against_text(base: Profile, new: Profile) -> str:
@@ -131,13 +178,21 @@ def against_text(base: Profile, new: Profile) -> str:
     lines = [
         f"{new.point}\n  against {base.point}",
         f"{duration(base.latency_s)} → {duration(new.latency_s)}: {_times(base.latency_s, new.latency_s)}.",
-        "",
     ]
-    for one in compared(base, new)[:15]:
-        sides = [duration(row.seconds) if row else "–" for row in (one.base, one.new)]
-        change = f"{_signed(one.change_s):>10}  {sides[0]:>9} → {sides[1]:<9}"
-        lines.append(f"{change}  {one.name}  {one.detail[:60]}".rstrip())
+    if warning := _unlike(base, new):
+        lines.append(warning)
+    for what, found in compared(base, new):
+        lines += ["", what]
+        for one in found[:15]:
+            sides = [duration(row.seconds) if row else "–" for row in (one.base, one.new)]
+            change = f"{_signed(one.change_s):>10}  {sides[0]:>9} → {sides[1]:<9}"
+            lines.append(f"{change}  {one.name}  {'' if new.device == 'cuda' else one.detail[:60]}".rstrip())
     return "\n".join(lines)
+
+
+def _unlike(base: Profile, new: Profile) -> str:
+    """What is to be said of profiles of two machines; nothing of one's."""
+    return f"The other was profiled on {base.machine}: times of unlike machines." if base.machine != new.machine else ""
 
 
 def _times(base: float, new: float) -> str:
@@ -244,7 +299,8 @@ def roofline_figure(profile: Profile) -> Figure | None:
         style.scale_axis(ax, "x", [*intensity, *x])
         style.scale_axis(ax, "y", [*speed, float(roof.max()), float(roof.min())])
         ax.set(xlabel="intensity (FLOP per byte of inputs and outputs)", ylabel="attained speed (GFLOP/s)")
-        style.note(figure, "Areas go with time; the line is what this device attains on products and copies")
+        rate = digits(profile.bytes_per_s / 1e9)
+        style.note(figure, f"Areas go with time; the line: products, and copies at {rate} GB/s (faster within caches)")
     return figure
 
 
@@ -273,19 +329,22 @@ def _lines(rows: Sequence[Row], whole: float) -> list[_Line]:
 def _place_lines(profile: Profile, places: Sequence[Place]) -> list[_Line]:
     found = []
     for one in places[:SHOWN_ROWS]:
-        held = _under_the_roof(profile, one.macs, one.bytes, one.seconds)
-        fraction, bound = held or (0.0, "–")
+        moved = one.bytes or None
+        held = _under_the_roof(one.macs, moved, one.seconds, profile.flops_per_s, one.bytes_per_s)
+        fraction, bound, both = held or (0.0, "", False)
         cells = (
             one.name, one.shapes, str(one.calls), duration(one.seconds),
             f"{digits(2 * one.macs / one.seconds / 1e9)} GFLOP/s" if one.seconds else "–",
-            f"{digits(2 * one.macs / one.bytes)}" if one.bytes else "–", share(fraction, 1), bound,
+            f"{digits(2 * one.macs / one.bytes)}" if one.bytes else "–",
+            "–" if held is None else "above the ceiling" if fraction > HIGHEST else share(fraction, 1),
+            bound if both else "–",
         )  # fmt: skip
         found.append(_Line(cells, min(1.0, fraction)))
     return found
 
 
-def _difference_lines(base: Profile, new: Profile) -> list[_Line]:
-    found = compared(base, new)[:SHOWN_ROWS]
+def _difference_lines(differences: Sequence[Difference]) -> list[_Line]:
+    found = differences[:SHOWN_ROWS]
     longest = max((abs(one.change_s) for one in found), default=0.0) or 1.0
     return [
         _Line(
@@ -342,7 +401,10 @@ def render(profile: Profile, base: Profile | None = None) -> str:
         counters=profile.counters,
         base=base,
         against=None if base is None else _times(base.latency_s, profile.latency_s),
-        differences=[] if base is None else _difference_lines(base, profile),
+        differences=[] if base is None else [(what, _difference_lines(by)) for what, by in compared(base, profile)],
+        unlike="" if base is None else _unlike(base, profile),
+        mode=profile.point.split("/")[2],
+        too_deep=sum(bar.depth > MOST_DEPTH for bar in profile.bars),
         latencies=None if base is None else (duration(base.latency_s), duration(profile.latency_s)),
         css=Markup(asset("page.css")),
     )

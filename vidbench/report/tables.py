@@ -45,7 +45,7 @@ SHOWN = {
 }
 """The figures of the page's table, in its order."""
 
-LAST = ("status", "trust", "reason", "trust_reasons")
+LAST = ("status", "trust", "reason", "trust_reasons", "uncounted")
 
 
 def digits(value: float, places: int = 3) -> str:
