@@ -261,10 +261,18 @@ def list_(
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
-        table.add_column(name.replace("_", " "), overflow="fold")
+        short = all(len(str(row[name])) <= 24 for row in rows)
+        table.add_column(name.replace("_", " "), overflow="fold", no_wrap=short)
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    Console().print(table)
+        table.add_row(*map(_cell, row.values()))
+    # A pipe has no width: there a row is a line.
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _list_suites() -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def _kept_with(run: Path, point: Point) -> Path:
 
 def _other(text: str, point: Point, axes: dict[str, tuple[Value, ...]]) -> Point | Path:
     """What a point is held against: a profile's folder, another implementation of it, or another point."""
-    from vidbench.suites import point_named
+    from vidbench.suites import point_like, point_named
     from vidbench.traces import SUMMARY
     from vidbench.workload import implementations
 
@@ -171,7 +171,7 @@ def _other(text: str, point: Point, axes: dict[str, tuple[Value, ...]]) -> Point
     if "/" in text:
         return point_named(text, {})  # a key says all of itself
     given = {name: values for name, values in axes.items() if name != "implementation"}
-    other = point_named(text, given)
+    other = point_like(text, given)
     if "implementation" in axes and axes["implementation"][0] in implementations(other.workload, other.kind):
         other = replace(other, implementation=str(axes["implementation"][0]))
     return other

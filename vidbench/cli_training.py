@@ -385,4 +385,5 @@ def _print(
     worst = sorted(seen.items(), key=lambda item: item[1])[:5]
     typer.echo("  hardest classes: " + ", ".join(f"{name} {share:.0%}" for name, share in worst))
     if folder is not None:
-        typer.echo(f"{folder}: {len(found)} accuracies; next: vidbench report {folder}")
+        number = "1 accuracy" if len(found) == 1 else f"{len(found)} accuracies"
+        typer.echo(f"{folder}: {number}; next: vidbench report {folder}")

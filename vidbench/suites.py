@@ -223,16 +223,21 @@ def _with_axes(suite: str, sweeps: tuple[Sweep, ...], axes: Axes) -> tuple[Sweep
     taken: set[str] = set()
     changed = []
     for sweep in sweeps:
-        mine = {name: values for name, values in axes.items() if name in _takes(sweep)}
-        taken |= set(mine)
-        if sweep.workload == "tcn_block" and "hidden_size" in axes:
-            mine.setdefault("channels", axes["hidden_size"])  # a suite compares at equal width
-        changed.append(sweep.override(mine))
+        taken |= _takes(sweep) & set(axes)
+        changed.append(sweep.override(_mine(sweep, axes)))
     for name in axes:
         if name not in taken:
             has = sorted({axis for sweep in sweeps for axis in _takes(sweep) if axis in AXES})
             raise RequestError(f"suite {suite!r} has no axis {name!r}: it has {', '.join(has)}")
     return tuple(changed)
+
+
+def _mine(sweep: Sweep, axes: Axes) -> dict[str, tuple[Value, ...]]:
+    """Of some axes those that a sweep takes; what is called otherwise there, but compared at equal width, too."""
+    mine = {name: values for name, values in axes.items() if name in _takes(sweep)}
+    if sweep.workload == "tcn_block" and "hidden_size" in axes:
+        mine.setdefault("channels", axes["hidden_size"])
+    return mine
 
 
 def _takes(sweep: Sweep) -> set[str]:
@@ -306,6 +311,16 @@ def point_named(text: str, axes: Axes) -> Point:
             raise RequestError(f"{pair!r} in the key {text!r} is not name=value")
         fixed[name] = AXES[name].parse(value) if name in AXES else value
     return next(Sweep(workload, _kind_of(workload), fixed=fixed).override(axes).points())
+
+
+def point_like(workload: str, axes: Axes) -> Point:
+    """A workload at the sizes of another, as far as it has them.
+
+    Raises:
+        RequestError: No such workload.
+    """
+    sweep = _sweep_of(workload)
+    return next(sweep.override(_mine(sweep, axes)).points())
 
 
 def _kind_of(workload: str) -> Kind:

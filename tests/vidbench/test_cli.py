@@ -120,6 +120,13 @@ def test_light_commands_import_nothing_heavy(command: str) -> None:
     assert ended.stderr.strip() == "[]"
 
 
+def test_a_listing_in_a_pipe_has_a_line_for_each_row() -> None:
+    from vidbench.models import MODELS
+
+    lines = vidbench("list", "models").stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(MODELS)
+
+
 @pytest.mark.parametrize("topic", ["suites", "axes", "ops", "implementations", "models", "tasks"])
 def test_list_speaks_json(topic: str) -> None:
     rows = json.loads(vidbench("list", topic, "--format", "json").stdout)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vidbench.models import MODELS
-from vidbench.suites import SUITES, plan
+from vidbench.suites import SUITES, plan, point_like
 from vidbench.sweep import AXES, Point, RequestError, Sweep, parse_axes, text_of
 
 
@@ -124,6 +124,14 @@ def test_plan_overrides_where_a_sweep_has_the_axis() -> None:
 def test_plan_refuses_an_axis_that_nothing_has() -> None:
     with pytest.raises(RequestError, match=r"suite 'conv3d' has no axis 'hidden_size': it has .*clip_length"):
         plan("conv3d", axes={"hidden_size": (8,)})
+
+
+def test_another_workload_is_taken_at_the_same_sizes_as_far_as_it_has_them() -> None:
+    axes = {"hidden_size": (64,), "input_features": (48,), "clip_length": (32,)}
+    block, model = point_like("tcn_block", axes), point_like("tcn", axes)
+    assert (block.case["in_channels"], block.case["out_channels"], block.case["clip_length"]) == (64, 64, 32)
+    assert not {"hidden_size", "input_features"} & block.case.keys()
+    assert (model.case["hidden_size"], model.case["clip_length"]) == (64, 32)
 
 
 def test_plan_suggests_the_nearest_names() -> None:

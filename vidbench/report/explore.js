@@ -9,10 +9,10 @@
   const numbers = data.columns.filter(isNumber);
   const groups = facets.map((facet) => facet.column);
   const choosers = {};
+  const axes = [preferred(["latency_s"]), preferred(["top1_accuracy", "peak_memory_bytes", "flops"])];
   for (const [id, columns, wanted] of [
-    ["x", numbers, preferred(["latency_s"])],
-    ["y", numbers, preferred(["top1_accuracy", "peak_memory_bytes", "flops"])],
-    ["colour", groups, ["implementation", "workload"].map(column).find((of) => groups.includes(of)) ?? groups[0]],
+    ["x", numbers, axes[0]], ["y", numbers, axes[1]],
+    ["colour", groups, ["implementation", "workload"].map(column).find(tellsApart) ?? groups[0]],
   ]) {
     const chooser = choosers[id] = document.getElementById(`explore-${id}`);
     for (const of of columns) {
@@ -35,6 +35,15 @@
       return count > 1;
     };
     return names.map(column).find((of) => of && both(of)) ?? numbers[0];
+  }
+
+  // Whether the points that are drawn at first have more than one value of it.
+  function tellsApart(of) {
+    if (!groups.includes(of)) return false;
+    const found = new Set();
+    for (let row = 0; row < data.rows && found.size < 2; row += 1)
+      if (axes.every((axis) => axis && !missing(value(axis, row)))) found.add(value(of, row));
+    return found.size > 1;
   }
 
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

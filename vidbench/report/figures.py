@@ -328,7 +328,8 @@ def accuracy_latency(frame: pd.DataFrame, colours: Colours = None) -> Figure | N
             ax.set_title(f"{part['task'].iloc[0]}" + (f" · {title}" if title and title != part["task"].iloc[0] else ""))
         seeds = int(rows["size"].min()), int(rows["size"].max())
         told = f"{seeds[0]}" if seeds[0] == seeds[1] else f"{seeds[0]} to {seeds[1]}"
-        style.note(figure, f"Bars: from the worst to the best of {told} seeds", left_out)
+        bars = f"Bars: from the worst to the best of {told} seeds" if seeds[1] > 1 else "One seed"
+        style.note(figure, bars, dim_note(rows), left_out)
     return figure
 
 
