@@ -282,6 +282,12 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         ElementTree.fromstring(picture.read_text())
 
 
+def test_a_figure_that_is_finite_in_seconds_alone_is_infinite_on_the_page(tmp_path: Path) -> None:
+    point = Point("conv3d", "op", "library", case={"clip_length": 8})
+    page = report([made([Measurement(point, 0, "ok", samples_s=(1.7e308,) * 6)])], tmp_path).read_text()
+    assert column(embedded(page), "latency_s") == ["inf"]
+
+
 def test_json_in_a_script_cannot_end_it() -> None:
     assert script_safe(["</script>", "<!--", "\u2028"]) == '["\\u003c/script\\u003e","\\u003c!--","\\u2028"]'
 

@@ -290,10 +290,8 @@ def embedded(frame: pd.DataFrame) -> dict[str, Any]:
 def _rounded(values: pd.Series, factor: float) -> list[float | str | None]:
     """Four significant digits, which is more than any of these figures has; infinities as text."""
     numbers = values.to_numpy(float, na_value=float("nan"))
-    return [
-        None if v != v else float(f"{v * factor:.4g}") if math.isfinite(v) else "inf" if v > 0 else "-inf"
-        for v in numbers.tolist()
-    ]
+    rounded = [float(f"{v * factor:.4g}") for v in numbers.tolist()]  # what is finite may be so no more
+    return [None if v != v else v if math.isfinite(v) else "inf" if v > 0 else "-inf" for v in rounded]
 
 
 @dataclass(frozen=True)
