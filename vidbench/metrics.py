@@ -319,7 +319,7 @@ def _round_medians(measurements: Sequence[Measurement]) -> tuple[Numbers, Number
         joined = b"".join(_bytes(measurements[i].samples_s) for i in which.tolist())
         samples = np.frombuffer(joined).reshape(len(which), size)
         ordered = np.sort(samples, axis=1)
-        medians[which] = (ordered[:, (size - 1) // 2] + ordered[:, size // 2]) / 2
+        medians[which] = ordered[:, (size - 1) // 2] / 2 + ordered[:, size // 2] / 2  # the sum may leave the floats
         if rank := median_rank(int(size)):
             lows[which] = ordered[:, rank - 1]
             highs[which] = ordered[:, size - rank]
