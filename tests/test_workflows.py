@@ -31,7 +31,7 @@ def commands_of(step: dict[str, Any]) -> list[list[str]]:
     """The vidbench commands of a step, as argument lists."""
     text = step["run"].replace("\\\n", " ")
     found = re.findall(r"\.venv/bin/vidbench ([^|\n]*)", text)
-    values = {"BASE": "main", "SUITE": "conv3d", "DEVICE": "cuda"}
+    values = {"BASE": "main", "SUITE": "conv3d", "DEVICE": "cuda", "DTYPE": "bf16"}
     return [[re.sub(r"\$(\w+)", lambda name: values[name[1]], word) for word in shlex.split(line)] for line in found]
 
 
@@ -59,7 +59,14 @@ def test_a_gate_that_fails_fails_its_step_and_is_reported(name: str, code: int, 
     stub.write_text(f"#!/bin/sh\necho SLOWER\nexit {code}\n")
     stub.chmod(0o755)
     summary = tmp_path / "summary.md"
-    environ = {**os.environ, "GITHUB_STEP_SUMMARY": str(summary), "BASE": "main", "SUITE": "conv3d", "DEVICE": "cpu"}
+    environ = {
+        **os.environ,
+        "GITHUB_STEP_SUMMARY": str(summary),
+        "BASE": "main",
+        "SUITE": "conv3d",
+        "DEVICE": "cpu",
+        "DTYPE": "bf16",
+    }
     ran = subprocess.run([*shell_of(WORKFLOWS[name]), "-c", gate["run"]], cwd=tmp_path, env=environ, check=False)
     assert ran.returncode == code
     assert summary.read_text() == "SLOWER\n"
