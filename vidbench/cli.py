@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import signal
 import sys
@@ -418,7 +417,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # the name of a folder may be any bytes
-    sys.path.append(os.getcwd())  # where a user's own models lie, as for the processes that measure
+    sys.path.append("")  # the working directory, where a user's own models lie, as for the processes that measure
     try:
         app()
     except SystemExit as end:

@@ -129,11 +129,13 @@ def gate(
     with _Journal(out, resume=resume) as journal, checkout(commit, out) as tree, ExitStack() as stack:
         ours = {point.key: point for point in timed_points(suite, axes or {}, models)}
         theirs = points_of(tree, suite, axes or {}, models) if own else ours
-        if not (ours or theirs):
-            raise RequestError(f"{suite!r} has none of these implementations: see `vidbench list implementations`")
         within = Path.cwd().resolve().relative_to(repository.resolve())
         sources = (tree, None) if own else (tree / within, Path.cwd())
         points = ours | theirs
+        there = {point.implementation for point in points.values()}
+        for name in (axes or {}).get("implementation", ()):
+            if name not in {*there, "all"}:
+                raise RequestError(f"{suite!r} has no implementation {name!r}: see `vidbench list implementations`")
         device, dtypes = devices(points.values())
         python = environment_of(tree, repository, out) if own else None
         engines = {

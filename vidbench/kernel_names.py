@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from vidbench.kernel_kinds import is_operator
+
 MOST_NAMES = 30
 LONGEST_NAME = 80
 OTHERS = "others"
 """Stands for what is beyond `MOST_NAMES`."""
 
-_OPERATOR = re.compile(r"[a-z]\w*::\w+")
 _ALLOCATE_OR_VIEW = frozenset((
     "_conj", "_local_scalar_dense", "_reshape_alias", "_to_copy", "_unsafe_view", "alias", "arange", "as_strided",
     "as_strided_", "broadcast_to", "chunk", "clone", "contiguous", "cudnn_is_acceptable", "detach", "detach_",
@@ -58,7 +59,7 @@ def operators(events: Iterable[Any]) -> dict[str, int]:
     threads: dict[int, list[tuple[int, int, str]]] = {}
     for event in events:
         name = event.name()
-        if _OPERATOR.fullmatch(name) and (name := name.removeprefix("aten::")) not in _ALLOCATE_OR_VIEW:
+        if is_operator(name) and (name := name.removeprefix("aten::")) not in _ALLOCATE_OR_VIEW:
             start = event.start_ns()
             threads.setdefault(event.start_thread_id(), []).append((start, -start - event.duration_ns(), name))
     found: Counter[str] = Counter()

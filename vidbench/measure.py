@@ -151,7 +151,7 @@ def _measure(
     cpu_before = psutil.cpu_times()
     with spent:
         samples = sampler(timed, timer, budget)
-    steal = _steal(cpu_before)
+    steal = steal_since(cpu_before)
     state = None if gpu is None else gpu.state()
     with spent:
         error = work.check()
@@ -234,11 +234,12 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 GRAPH_GATE = 1e-6
 
 
-def _steal(before: Any) -> float:
+def steal_since(before: Any) -> float:
     """Share of processor time that the hypervisor gave to others meanwhile; 0 where it is not told."""
     after = psutil.cpu_times()
     total = sum(after) - sum(before)
-    return (getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)) / total if total > 0 else 0.0
+    stolen = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
+    return max(0.0, stolen / total) if total > 0 else 0.0
 
 
 def _impossible(samples: Samples, clock_step_s: float) -> str:

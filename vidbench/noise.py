@@ -14,6 +14,7 @@ import psutil
 from vidbench.compare import FALSE_DISCOVERY_RATE
 from vidbench.engine.local import LocalEngine, in_turn
 from vidbench.gate import LOOKS, SIDES
+from vidbench.measure import steal_since
 from vidbench.significance import Effect, ratio_of
 from vidbench.sweep import Point, RequestError, Value
 
@@ -68,9 +69,7 @@ def noise(device: str, rounds: int = ROUNDS) -> Noise:
                         raise RequestError(f"{point.key} did not run here: {measured.status}: {measured.reason}")
                     logs = [math.log(sample) for sample in measured.samples_s]
                     times.setdefault((point.key, side), []).append(logs)
-    after = psutil.cpu_times()
-    stolen_s = getattr(after, "steal", 0.0) - getattr(before, "steal", 0.0)
-    return noise_of(times, device, stolen_s, sum(after) - sum(before))
+    return noise_of(times, device, steal_since(before))
 
 
 def _short_points(device: str) -> list[Point]:
@@ -92,7 +91,7 @@ def _short_points(device: str) -> list[Point]:
     ]
 
 
-def noise_of(times: Mapping[tuple[str, str], list[list[float]]], device: str, stolen_s: float, spent_s: float) -> Noise:
+def noise_of(times: Mapping[tuple[str, str], list[list[float]]], device: str, steal: float) -> Noise:
     """From logarithms of samples, by point and side, round by round."""
     keys = tuple(dict.fromkeys(key for key, _ in times))
     within = [robust_deviation(logs) for rounds in times.values() for logs in rounds]
@@ -110,9 +109,8 @@ def noise_of(times: Mapping[tuple[str, str], list[list[float]]], device: str, st
             )
         )
     count = len(times[keys[0], SIDES[0]])
-    share = max(0.0, stolen_s / spent_s) if spent_s > 0 else 0.0
     sample, process, turn = map(statistics.median, (within, between, turns))
-    return Noise(device, sample, process, turn, share, count)
+    return Noise(device, sample, process, turn, steal, count)
 
 
 FOUND = 0.9

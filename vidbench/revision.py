@@ -19,7 +19,7 @@ import msgspec
 import vidbench
 from vidbench.environment import sources
 from vidbench.suites import Axes
-from vidbench.sweep import Point, RequestError
+from vidbench.sweep import Point, RequestError, implementations_of
 
 
 def git(*arguments: str, cwd: Path | None = None) -> str:
@@ -89,26 +89,19 @@ def timed_points(suite: str, axes: Axes, models: Sequence[str]) -> list[Point]:
         if sweep.kind == "task":
             continue
         if wanted:
-            has = implementations(sweep.workload, sweep.kind)
-            every = [name for name in has if name != "reference"]
-            mine = every if "all" in wanted else [name for name in wanted if name in has]
+            mine = implementations_of(wanted, implementations(sweep.workload, sweep.kind))
             if not mine:
                 continue
-            sweep = sweep.override({"implementation": tuple(mine)})
+            sweep = sweep.override({"implementation": mine})
         found.extend(sweep.points())
     return found
 
 
-_LIST_POINTS = f"""
-from __future__ import annotations
-import json, sys
-from dataclasses import asdict
-
-{inspect.getsource(timed_points)}
-axes = {{
+_LIST_POINTS = """
+axes = {
     name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
     for name, values in json.loads(sys.argv[2]).items()
-}}
+}
 print(json.dumps([asdict(point) for point in timed_points(sys.argv[1], axes, json.loads(sys.argv[3]))]))
 """
 
@@ -122,7 +115,11 @@ def points_of(source: Path, suite: str, axes: Axes, models: Sequence[str]) -> di
     if not is_vidbench(source):
         raise RequestError("the base revision has no kernels/vidkernels or no vidbench: nothing to compare with")
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(source), str(source / "kernels")))}
-    asked = (sys.executable, "-P", "-c", _LIST_POINTS, suite, json.dumps(axes), json.dumps(list(models)))
+    # The head's own functions, over the base's suites.
+    lines = "from __future__ import annotations\nimport json, sys\nfrom dataclasses import asdict"
+    functions = inspect.getsource(implementations_of), inspect.getsource(timed_points)
+    program = "\n".join((lines, *functions, _LIST_POINTS))
+    asked = (sys.executable, "-P", "-c", program, suite, json.dumps(axes), json.dumps(list(models)))
     ran = subprocess.run(asked, capture_output=True, text=True, check=False, env=environ, cwd=source)
     if ran.returncode:
         said = ran.stderr.strip().splitlines()

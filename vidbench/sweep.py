@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -214,6 +214,13 @@ class Sweep:
     def names(self) -> set[str]:
         """The axes this sweep has, varied or fixed."""
         return {*self.axes, *self.fixed}
+
+
+def implementations_of(wanted: Sequence[Value], has: Sequence[str]) -> tuple[str, ...]:
+    """Of what a workload has, the implementations asked for; `all`: every one but the reference."""
+    if "all" in wanted:
+        return tuple(name for name in has if name != "reference")
+    return tuple(str(name) for name in wanted if name in has)
 
 
 def parse_axes(texts: Iterable[str]) -> dict[str, tuple[Value, ...]]:

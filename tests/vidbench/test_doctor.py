@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from vidbench.cli import app
 from vidbench.compare import FALSE_DISCOVERY_RATE
 from vidbench.doctor import Finding, Load
 from vidbench.gate import LOOKS, SIDES
+from vidbench.measure import steal_since
 from vidbench.noise import Noise, noise_of, robust_deviation, tells
 from vidbench.nvml import Settings
 from vidbench.records import DeviceState
@@ -248,12 +250,26 @@ def sides(process: float, shared: float, rounds: int = 200) -> dict[tuple[str, s
 
 
 def test_noise_between_processes_is_told_from_what_they_share() -> None:
-    found = noise_of(sides(process=0.01, shared=0.05), "cpu", 0.5, 10.0)
+    found = noise_of(sides(process=0.01, shared=0.05), "cpu", 0.05)
     assert found.sample == pytest.approx(0.001, rel=0.3)
     assert found.process == pytest.approx(math.hypot(0.01, 0.05), rel=0.2)
     # A change is a process less the mean of two: √1.5 of one's deviation, and nothing of what all share.
     assert found.turn == pytest.approx(0.01 * math.sqrt(1.5), rel=0.2)
     assert found.steal == pytest.approx(0.05)
+
+
+class Times(NamedTuple):
+    """As psutil has them."""
+
+    user: float
+    steal: float
+
+
+def test_what_the_hypervisor_took_is_a_share_of_all_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidbench.measure.psutil.cpu_times", lambda: Times(19.5, 1.5))
+    assert steal_since(Times(10.0, 1.0)) == pytest.approx(0.05)
+    assert steal_since(Times(10.0, 2.0)) == 0.0, "a counter that went back"
+    assert steal_since(Times(19.5, 1.5)) == 0.0, "no time passed"
 
 
 def test_a_robust_deviation_is_that_of_a_normal_distribution_whatever_lies_far_off() -> None:

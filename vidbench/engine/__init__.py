@@ -16,7 +16,7 @@ from vidbench import results
 from vidbench.engine.local import LocalEngine
 from vidbench.records import Environment, Measurement
 from vidbench.suites import Axes, plan
-from vidbench.sweep import Point, RequestError, Sweep, unknown
+from vidbench.sweep import Point, RequestError, Sweep, implementations_of, unknown
 
 ENGINES = ("local", "ray")
 """Who runs the points: this machine, or the nodes of a Ray cluster."""
@@ -280,9 +280,7 @@ def choose(sweeps: tuple[Sweep, ...], wanted: Sequence[str], known: Mapping[str,
             raise unknown("implementation", name, names)
     chosen = []
     for sweep in sweeps:
-        has = known.get(sweep.workload, ())
-        every = tuple(name for name in has if name != "reference")
-        mine = every if "all" in wanted else tuple(name for name in wanted if name in has)
+        mine = implementations_of(wanted, known[sweep.workload])
         if sweep in timed and mine:
             chosen.append(sweep.override({"implementation": mine}))
         elif sweep not in timed:
